@@ -1,0 +1,52 @@
+# Each target sets up .venv/ by itself. Needed beforehand: make, curl, and Python 3.11+ with venv (PYTHON names another).
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# The pure core: every branch is covered by tests/unit and tests/property.
+PURE := credit errors flight frames limits mux policy router scheduler stream_types
+
+empty :=
+space := $(empty) $(empty)
+comma := ,
+PURE_FILES := $(subst $(space),$(comma),$(PURE:%=konnektor/%.py))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check clean curl
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-6s", $$2); print }'
+
+demo: curl $(READY) ## show the tunnel at work between real processes
+	@$(BIN)/konnektor demo
+
+test: curl $(READY) ## run every test; the pure core must be covered to the last branch
+	$(BIN)/coverage run -m pytest tests/unit tests/property
+	$(BIN)/coverage report --include=$(PURE_FILES) --fail-under=100
+	$(BIN)/pytest tests --ignore=tests/unit --ignore=tests/property
+
+check: $(READY) ## lint, formatting, types, and the rings of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove .venv/ and everything built or cached
+	rm -rf .venv .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+curl:
+	@command -v curl >/dev/null || { echo "curl is missing: please install it." >&2; exit 1; }
+
+$(READY): pyproject.toml constraints.txt | curl
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is missing: please install Python 3.11 or newer, or name one with PYTHON=." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d, but 3.11 or newer is needed: please name one with PYTHON=." % v[:2])'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "The venv module of $(PYTHON) is missing: please install it (Debian's package is python3-venv)." >&2; exit 1; }
+	@rm -f $@
+	@echo "Setting up .venv (once) ..."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --editable '.[dev]' \
+		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,1 @@
+"""Many streams over one mutual-TLS connection that a worker dials out."""

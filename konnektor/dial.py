@@ -1,0 +1,225 @@
+"""Connecting to a target: resolve, check every address, race the allowed ones (happy eyeballs, RFC 8305).
+
+The address that was checked is the address dialed. anyio's ``connect_tcp`` and aiohappyeyeballs race addresses well,
+but the first resolves inside and returns a stream, and the second merges errors of several kinds into one without a
+number; here each must keep its wire code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
+from itertools import chain, zip_longest
+from typing import Any, Final, NamedTuple
+
+import anyio
+
+from .addresses import IPAddress, format_hostport, parse_host, quote
+from .errors import (
+    ConfigurationError,
+    ConnectRefusedError,
+    DeniedError,
+    DialTimeoutError,
+    DNSError,
+    LimitError,
+    StreamError,
+    TargetResetError,
+    UnreachableError,
+)
+
+__all__ = ["dial", "set_options"]
+
+STAGGER: Final = 0.25
+"""Seconds between attempts: the Connection Attempt Delay of RFC 8305 section 5."""
+
+MAX_ADDRESSES: Final = 16
+"""Addresses of one name that are tried: a name with hundreds would hold a descriptor for each."""
+
+_KEEPALIVE: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+
+_ERRNO: Final[dict[int | None, type[StreamError]]] = {
+    errno.ECONNREFUSED: ConnectRefusedError,
+    errno.ECONNRESET: TargetResetError,
+    errno.ECONNABORTED: TargetResetError,
+    errno.ETIMEDOUT: DialTimeoutError,
+    errno.EMFILE: LimitError,
+    errno.ENFILE: LimitError,
+    errno.ENOBUFS: LimitError,
+    errno.ENOMEM: LimitError,
+}  # fmt: skip
+
+# Which of several errors tells most: an answer before silence, silence before "no network", as IPv6 often is.
+_TELLING: Final[tuple[type[StreamError], ...]] = (
+    ConnectRefusedError, TargetResetError, LimitError, DialTimeoutError, UnreachableError,
+)  # fmt: skip
+
+
+class _Address(NamedTuple):
+    ip: IPAddress
+    family: socket.AddressFamily
+    sockaddr: tuple[Any, ...]
+
+
+async def dial(
+    host: str,
+    port: int,
+    *,
+    check: Callable[[IPAddress], None] | None = None,
+    within: float | None = None,
+) -> socket.socket:
+    """Connect to a host and return the connected, non-blocking socket, which the caller owns.
+
+    Cancelling is safe: no socket and no task stays behind.
+
+    Args:
+        host: an IP address, or a DNS name to resolve here.
+        port: the TCP port.
+        check: called with each resolved address before it is dialed; raises DeniedError to veto it
+            (``AllowList.checker`` makes one).
+        within: seconds for all of it, name resolution included.
+
+    Raises:
+        DeniedError: every address was vetoed.
+        DNSError: the name did not resolve, or is neither a strict IP address nor a DNS name.
+        ConnectRefusedError, TargetResetError, UnreachableError, DialTimeoutError, LimitError: no address could be
+            connected; of several errors, the most telling.
+    """
+    at = format_hostport(host, port)
+    try:
+        async with asyncio.timeout(within):
+            allowed = _checked(await _resolve(host, port), check)
+            errors: list[OSError] = []
+            if len(allowed) == 1:
+                sock = await _attempt(allowed[0], errors)
+            else:
+                sock = await _race(_interleave(allowed), errors)
+    except TimeoutError:
+        raise DialTimeoutError(f"{at} did not answer within {within:g} s") from None
+    if sock is not None:
+        return sock
+    raise min((_translate(error, at) for error in errors), key=lambda error: _TELLING.index(type(error)))
+
+
+def set_options(sock: socket.socket) -> None:
+    """What every TCP socket of an endpoint gets: no delay for small writes, and a dead peer noticed after a minute."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE:
+        if hasattr(socket, name):  # not everywhere
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _resolve(host: str, port: int) -> list[_Address]:
+    try:
+        parsed = parse_host(host)
+    except ConfigurationError:
+        raise DNSError(f"host {quote(host)} is neither an IP address nor a DNS name") from None
+    if not isinstance(parsed, str):
+        return [_literal(parsed, port)]
+    try:
+        # The host as given: its trailing dot, if any, is for the resolver.
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )
+    except socket.gaierror as error:
+        raise DNSError(f"{host} did not resolve: {error.strerror}") from None
+    addresses = [_Address(ip_address(sockaddr[0]), family, sockaddr) for family, _, _, _, sockaddr in found]
+    if not addresses:
+        raise DNSError(f"{host} has no address")
+    return addresses[:MAX_ADDRESSES]
+
+
+def _literal(address: IPAddress, port: int) -> _Address:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return _Address(address, family, (str(address), port))
+
+
+def _checked(addresses: list[_Address], check: Callable[[IPAddress], None] | None) -> list[_Address]:
+    if check is None:
+        return addresses
+    allowed = []
+    veto = None
+    for address in addresses:
+        try:
+            check(address.ip)
+        except DeniedError as error:
+            veto = veto or error
+        else:
+            allowed.append(address)
+    if veto is not None and not allowed:
+        raise veto
+    return allowed
+
+
+def _interleave(addresses: Sequence[_Address]) -> list[_Address]:
+    """Families by turns, the resolver's first choice first (RFC 8305 section 4)."""
+    first = [a for a in addresses if a.family == addresses[0].family]
+    others = [a for a in addresses if a.family != addresses[0].family]
+    return [a for a in chain.from_iterable(zip_longest(first, others)) if a is not None]
+
+
+async def _race(addresses: Sequence[_Address], errors: list[OSError]) -> socket.socket | None:
+    """The first socket to connect, attempts starting ``STAGGER`` apart or as soon as the one before has failed."""
+    winner: socket.socket | None = None
+
+    async def run(address: _Address, failed: anyio.Event) -> None:
+        nonlocal winner
+        sock = await _attempt(address, errors)
+        if sock is None:
+            failed.set()
+        elif winner is None:
+            winner = sock
+            tasks.cancel_scope.cancel()
+        else:  # two became ready in one turn of the loop
+            sock.close()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for address in addresses:
+                failed = anyio.Event()
+                tasks.start_soon(run, address, failed)
+                with anyio.move_on_after(STAGGER):
+                    await failed.wait()
+    except BaseException:
+        if winner is not None:
+            winner.close()
+        raise
+    return winner
+
+
+async def _attempt(address: _Address, errors: list[OSError]) -> socket.socket | None:
+    """One connected socket, or None and a line in ``errors``."""
+    sock = None
+    try:
+        sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock.setblocking(False)
+        set_options(sock)
+        await asyncio.get_running_loop().sock_connect(sock, address.sockaddr)
+        if _is_self_connected(sock):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        errors.append(error)
+        return None
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+def _is_self_connected(sock: socket.socket) -> bool:
+    """Dialing a local port that nobody listens on may get that very port as the source, and TCP then meets itself."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:  # reset already: whoever reads will be told
+        return False
+
+
+def _translate(error: OSError, at: str) -> StreamError:
+    cls = _ERRNO.get(error.errno, UnreachableError)
+    return cls(f"{at}: {errno.errorcode.get(error.errno or 0, 'error')}")

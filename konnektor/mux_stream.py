@@ -1,0 +1,350 @@
+"""One stream of a multiplexer: its two halves, its windows, its queue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from konnektor.credit import ReceiveWindow, SendWindow
+from konnektor.errors import Code, LocalProtocolError, PeerError, SessionError, SessionLost, StreamClosedError, StreamStateError
+from konnektor.frames import Buffer, OpenTLV
+from konnektor.states import RECEIVE, SEND, Event, Receiving, Sending
+
+if TYPE_CHECKING:
+    from konnektor.mux import Mux
+
+__all__ = ["MuxStream", "Sink"]
+
+
+class Sink(Protocol):
+    """Where a stream's events go: called directly, never queued."""
+
+    def accepted(self) -> None:
+        """The peer accepted the stream we opened."""
+
+    def data_received(self, data: memoryview, /) -> None:
+        """Bytes came. ``data`` is valid during the call only; report them with ``consumed`` when they are used."""
+
+    def eof_received(self) -> None:
+        """The peer has sent all it will."""
+
+    def writable(self) -> None:
+        """The queue has drained to the low-water mark, after ``want_room``."""
+
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
+        """One half or both ended abruptly. Unread bytes count as consumed, unless it was the session that ended."""
+
+    def closed(self) -> None:
+        """The stream is forgotten: the last call."""
+
+
+class MuxStream:
+    """A stream as the multiplexer keeps it. Made by ``Mux.open`` and ``Handler.stream_opened``.
+
+    Attributes:
+        id: its number on the wire, 0 until OPEN is rendered.
+        name: the stream type.
+        tlvs: parameters of the peer's OPEN or ACCEPT, by ``OpenTLV``.
+        sink: where events go; may be exchanged at any time.
+        queued: bytes waiting to be sent.
+        low_water: where ``sink.writable`` is called after ``want_room``.
+        deadline: when the opening is given up.
+    """
+
+    __slots__ = (
+        "_mux",
+        "_queue",
+        "accept_tlvs",
+        "credit_due",
+        "deadline",
+        "deficit",
+        "finish_wanted",
+        "forgotten",
+        "id",
+        "in_control",
+        "low_water",
+        "name",
+        "place",
+        "priority",
+        "priority_due",
+        "queued",
+        "receive_window",
+        "receiving",
+        "released",
+        "reset_code",
+        "reset_text",
+        "retired",
+        "retry_ms",
+        "room_wanted",
+        "send_window",
+        "sending",
+        "sink",
+        "spent",
+        "spent_at",
+        "stop_code",
+        "stop_due",
+        "stop_received",
+        "tlvs",
+        "watch",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        mux: Mux,
+        sink: Sink,
+        name: str,
+        priority: int,
+        tlvs: Mapping[int, bytes],
+        receiving: Receiving,
+        sending: Sending,
+    ) -> None:
+        self._mux = mux
+        self.sink = sink
+        self.id = 0
+        self.name = name
+        self.tlvs = tlvs
+        self.receiving = receiving
+        self.sending = sending
+        self.receive_window = ReceiveWindow(mux.pool, mux.max_window)
+        self.send_window = SendWindow(0)
+        self._queue: deque[Buffer] | None = None
+        self.queued = 0
+        self.low_water = 0
+        self.room_wanted = False
+        self.finish_wanted = False
+        self.deadline = 0.0
+        self.watch: int | None = None
+        # the scheduler's
+        self.place = 0
+        self.deficit = 0
+        self.spent = 0.0
+        self.spent_at = 0.0
+        self.priority = priority
+        self.weight = 1
+        # what is to be said at the next rendering
+        self.in_control = False
+        self.accept_tlvs: Mapping[int, bytes] | None = None
+        self.credit_due = False
+        self.stop_due = False
+        self.stop_code = 0
+        self.reset_code = 0
+        self.reset_text = ""
+        self.retry_ms = 0
+        self.priority_due: tuple[int, int] | None = None
+        # the end
+        self.stop_received = False
+        self.released = False
+        self.forgotten = False
+        self.retired = False
+
+    def __repr__(self) -> str:
+        return f"<MuxStream {self.id} {self.name} receiving={self.receiving.name} sending={self.sending.name}>"
+
+    @property
+    def header(self) -> bytes:
+        """The stream type's own header, from OPEN or ACCEPT."""
+        return self.tlvs.get(OpenTLV.HEADER, b"")
+
+    # Answering an OPEN of the peer
+
+    def accept(self, header: bytes = b"") -> None:
+        """The target is reached. Data may flow both ways.
+
+        Raises:
+            LocalProtocolError: already accepted, refused or cancelled.
+        """
+        self.move_sending(Event.DO_ACCEPT)
+        self.accept_tlvs = {int(OpenTLV.HEADER): header} if header else {}
+        self._mux.decided(self)
+        self._mux.want_control(self)
+
+    def refuse(self, code: int, text: str = "", *, retry_after: float = 0.0) -> None:
+        """Says no. The text reaches the peer's logs; it must hold nothing secret. ``retry_after`` is in seconds.
+
+        Raises:
+            LocalProtocolError: already accepted; ``reset`` and ``stop`` then.
+        """
+        if self.sending is not Sending.UNDECIDED:
+            self.move_sending(Event.DO_REFUSE)
+            return
+        self.move_sending(Event.DO_REFUSE)
+        self.move_receiving(Event.DO_REFUSE)
+        self.receive_window.drop()
+        self.reset_code, self.reset_text, self.retry_ms = code, text, round(retry_after * 1000)
+        self._mux.decided(self)
+        self._mux.want_control(self)
+
+    # Sending
+
+    def write(self, data: bytes) -> None:
+        """Queues bytes. They must not change afterwards; nothing bounds the queue but the caller (``queued``).
+
+        Raises:
+            StreamClosedError: the sending half has ended or is ending.
+            LocalProtocolError: the peer's OPEN was not accepted yet.
+        """
+        sending = self.sending
+        if sending is not Sending.OPEN:
+            if sending is Sending.UNDECIDED:
+                raise LocalProtocolError("accept the stream before sending on it")
+            if sending is not Sending.UNSENT or self.finish_wanted:
+                raise StreamClosedError("the sending half of the stream is closed")
+        if not data:
+            return
+        queue = self._queue
+        if queue is None:
+            queue = self._queue = deque()
+        queue.append(data)
+        self.queued += len(data)
+        if not self.place:
+            self._mux.activate(self)
+
+    def want_room(self, low_water: int = 0) -> None:
+        """Asks for one ``sink.writable`` when at most ``low_water`` bytes are queued."""
+        self.low_water = low_water
+        self.room_wanted = True
+
+    def finish(self) -> None:
+        """FIN after what is queued. Nothing happens if the half has ended.
+
+        Raises:
+            LocalProtocolError: the peer's OPEN was not accepted yet.
+        """
+        self.move_sending(Event.DO_FINISH)
+        self.finish_wanted = True
+        self._mux.activate(self)
+
+    def reset(self, code: int = Code.CANCELLED, text: str = "") -> None:
+        """Ends the sending half abruptly: the queue is dropped. Nothing happens if it has ended."""
+        before = self.sending
+        if before is Sending.UNSENT:
+            self._mux.give_up(self)
+            return
+        if before is Sending.UNDECIDED:
+            self.refuse(code, text)
+            return
+        self.move_sending(Event.DO_RESET)
+        if before is not self.sending:
+            self.reset_code, self.reset_text = code, text
+            self.drop_queue()
+            self._mux.want_control(self)
+
+    # Receiving
+
+    def consumed(self, count: int) -> None:
+        """The application took ``count`` bytes: their credit goes back to the peer."""
+        window = self.receive_window
+        unread = window.received - window.consumed
+        if count > unread:
+            count = unread
+        if count:
+            self._mux.consumed(self, count)
+
+    def stop(self, code: int = Code.CANCELLED) -> None:
+        """Asks the peer to stop sending. What comes is discarded. Nothing happens if the half has ended."""
+        before = self.receiving
+        if self.sending is Sending.UNSENT:
+            self._mux.give_up(self)
+            return
+        self.move_receiving(Event.DO_STOP)
+        self.receive_window.drop()
+        if before is not self.receiving:
+            self.stop_due, self.stop_code = True, code
+            self._mux.want_control(self)
+        elif self.forgotten:
+            self._mux.release(self)
+
+    def cancel(self, code: int = Code.CANCELLED, text: str = "") -> None:
+        """Ends both halves abruptly: STOP, and RESET unless FIN was sent."""
+        if self.sending in (Sending.UNSENT, Sending.UNDECIDED):
+            self.reset(code, text)
+        else:
+            self.stop(code)
+            self.reset(code, text)
+
+    # Both
+
+    def prioritize(self, priority: int, weight: int = 1) -> None:
+        """Changes class (0 interactive, 1 default, 2 bulk) and weight (1 to 255), here and at the peer."""
+        if not (0 <= priority <= 2 and 1 <= weight <= 255):
+            raise LocalProtocolError(f"class {priority} and weight {weight} are not 0 to 2 and 1 to 255")
+        self.priority, self.weight = priority, weight
+        if self.sending not in (Sending.UNSENT, Sending.UNDECIDED) and not self.forgotten:
+            self.priority_due = (priority, weight)
+            self._mux.want_control(self)
+
+    def release(self) -> None:
+        """The handler of a stream the peer opened is done with it; its place may be given to another."""
+        if not self.released:
+            self._mux.release(self)
+
+    # The multiplexer's
+
+    def move_receiving(self, event: Event) -> None:
+        """One transition of the receiving half.
+
+        Raises:
+            StreamStateError: the peer's frame does not fit.
+            LocalProtocolError: the call does not fit.
+        """
+        state = RECEIVE.get((self.receiving, event))
+        if state is None:
+            raise self._misfit(event, self.receiving)
+        self.receiving = state
+
+    def move_sending(self, event: Event) -> None:
+        """One transition of the sending half; raises as ``move_receiving``."""
+        state = SEND.get((self.sending, event))
+        if state is None:
+            raise self._misfit(event, self.sending)
+        self.sending = state
+
+    def _misfit(self, event: Event, state: Receiving | Sending) -> StreamStateError | LocalProtocolError:
+        what = event.name.removeprefix("DO_")
+        cls = LocalProtocolError if what != event.name else StreamStateError
+        return cls(f"{what} on stream {self.id}, whose state is {state.name}")
+
+    def take(self, count: int, parts: list[Buffer]) -> None:
+        """Moves ``count`` queued bytes to ``parts``, whole chunks uncopied."""
+        queue = self._queue
+        assert queue is not None
+        self.queued -= count
+        while count:
+            chunk = queue.popleft()
+            size = len(chunk)
+            if size > count:
+                view = memoryview(chunk)
+                queue.appendleft(view[count:])
+                chunk = view[:count]
+                size = count
+            parts.append(chunk)
+            count -= size
+        if not queue:
+            # An empty deque is 600 bytes, and most streams are idle.
+            self._queue = None
+
+    def drop_queue(self) -> None:
+        """What is queued will not be sent."""
+        self._queue = None
+        self.queued = 0
+        self.room_wanted = False
+
+    def lost(self, error: SessionError) -> None:
+        """The session ended."""
+        receiving = self.receiving is not Receiving.ENDED
+        sending = self.sending is not Sending.ENDED
+        self.receiving = Receiving.ENDED
+        self.sending = Sending.ENDED
+        self.forgotten = self.retired = True
+        self.drop_queue()
+        lost = SessionLost(str(error), error.code, sent=self.send_window.sent, received=self.receive_window.received)
+        self.sink.failed(lost, receiving=receiving, sending=sending)
+        self.sink.closed()
+
+    def assert_invariants(self) -> None:
+        """For tests."""
+        self.receive_window.assert_invariants()
+        self.send_window.assert_invariants()
+        assert self.queued == sum(map(len, self._queue or ()))

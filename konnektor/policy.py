@@ -1,0 +1,254 @@
+"""Who may reach what: allow rules, and the two checks that every dial passes.
+
+A destination is checked before its name is resolved (``AllowList.check_name``), and again for each address that the
+name resolved to (``AllowList.check_address``); only an address that passed is dialed, so a name that changes its
+mind between the two (DNS rebinding) gains nothing.
+
+- A name rule allows that name only, whatever ordinary address it has.
+- An address or CIDR rule allows those addresses, asked for directly or by any name.
+- Addresses that reach the worker itself, its link, its cloud's metadata, or many hosts at once stay shut unless a
+  rule *inside* that range names them: ``0.0.0.0/0`` does not open ``127.0.0.1``, ``127.0.0.0/8`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Final
+
+from .addresses import (
+    IPAddress,
+    IPNetwork,
+    format_hostport,
+    parse_host,
+    parse_network,
+    parse_port,
+    parse_worker_name,
+    quote,
+    split_port,
+    unwrap,
+)
+from .errors import ConfigurationError, DeniedError
+
+__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "tcp"]
+
+_ANY_PORT: Final = range(1, 65536)
+
+_SPECIAL_V4: Final = (
+    ("0.0.0.0/8", "unspecified"),  # Linux connects 0.0.0.0 to itself
+    ("127.0.0.0/8", "loopback"),
+    ("169.254.0.0/16", "link-local"),  # with the metadata service of most clouds, 169.254.169.254
+    ("100.100.100.200/32", "cloud metadata"),
+    ("168.63.129.16/32", "cloud metadata"),
+    ("224.0.0.0/4", "multicast"),
+    ("255.255.255.255/32", "broadcast"),
+)
+_SPECIAL_V6: Final = (
+    ("::/128", "unspecified"),
+    ("::1/128", "loopback"),
+    ("::/96", "IPv4-compatible"),  # deprecated by RFC 4291 section 2.5.5.1
+    ("fe80::/10", "link-local"),
+    ("fd00:ec2::254/128", "cloud metadata"),
+    ("fd20:ce::254/128", "cloud metadata"),
+    ("ff00::/8", "multicast"),
+)
+
+
+def _special_ranges() -> tuple[tuple[IPNetwork, str], ...]:
+    ranges: list[tuple[IPNetwork, str]] = [(IPv6Network(text), kind) for text, kind in _SPECIAL_V6]
+    for text, kind in _SPECIAL_V4:
+        network = IPv4Network(text)
+        embedded, length = int(network.network_address), network.prefixlen
+        ranges += [
+            (network, kind),
+            # The same hosts seen through a translator: NAT64 (RFC 6052) and 6to4 (RFC 3056).
+            (IPv6Network((0x64FF9B << 96 | embedded, 96 + length)), kind),
+            (IPv6Network((0x2002 << 112 | embedded << 80, 16 + length)), kind),
+        ]
+    ranges.sort(key=lambda item: item[0].prefixlen, reverse=True)
+    return tuple(ranges)
+
+
+_SPECIAL: Final = _special_ranges()
+
+
+@lru_cache(maxsize=4096)
+def _special(address: IPAddress) -> tuple[IPNetwork, str] | None:
+    """The narrowest special range that the address is in."""
+    return next((item for item in _SPECIAL if address in item[0]), None)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowRule:
+    """One permission: a name, a ``*.suffix`` or a network, and its ports. ``parse_allow`` and ``tcp`` make them.
+
+    Attributes:
+        host: a network, a DNS name in lower case, or a name that starts with ``*.``.
+        ports: the ports, as ranges.
+    """
+
+    host: IPNetwork | str
+    ports: tuple[range, ...]
+
+    def __str__(self) -> str:
+        if isinstance(self.host, str):
+            host = self.host
+        else:
+            host = str(self.host)
+            if self.host.prefixlen == self.host.max_prefixlen:
+                host = str(self.host.network_address)
+            if ":" in host:
+                host = f"[{host}]"
+        if _ANY_PORT in self.ports:
+            return f"{host}:*"
+        return f"{host}:{','.join(f'{r[0]}-{r[-1]}' if len(r) > 1 else str(r[0]) for r in self.ports)}"
+
+    def covers_port(self, port: int) -> bool:
+        """Whether the port is one of the rule's."""
+        return any(port in ports for ports in self.ports)
+
+    def names(self, name: str) -> bool:
+        """Whether this is a name rule for the name (lower case, no trailing dot)."""
+        if not isinstance(self.host, str):
+            return False
+        return name.endswith(self.host[1:]) if self.host.startswith("*") else name == self.host
+
+    def opens(self, address: IPAddress) -> bool:
+        """Whether this is a network rule for the address: for a special address, one inside its special range."""
+        if isinstance(self.host, str) or address not in self.host:
+            return False
+        special = _special(address)
+        return special is None or self.host.prefixlen >= special[0].prefixlen
+
+
+def tcp(host: str, ports: int | str) -> AllowRule:
+    """A rule from Python: ``tcp("127.0.0.1", 10250)``, ``tcp("10.0.0.0/8", "1-65535")``, ``tcp("*.example", "*")``.
+
+    Args:
+        host: an exact name, ``*.suffix``, an IP address, or a CIDR; brackets around IPv6 may stand or not.
+        ports: one port, or text: ``*``, ``80,443``, ``8000-8100``, or several of these with commas.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return AllowRule(_parse_rule_host(host), _parse_ports(str(ports)))
+
+
+def parse_allow(text: str) -> AllowRule:
+    """``HOST-OR-CIDR:PORTS``, such as ``10.0.0.0/8:80,443``, ``*.svc.example:*`` or ``[::1]:8000-8100``.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    try:
+        host, ports = split_port(text)
+    except ConfigurationError:
+        raise ConfigurationError(
+            f"rule {quote(text)} is not HOST:PORTS: write it as 10.0.0.0/8:80,443 or db.example:5432 or [::1]:*"
+        ) from None
+    return AllowRule(_parse_rule_host(host), _parse_ports(ports))
+
+
+def parse_grant_from(text: str) -> tuple[str, AllowRule]:
+    """``NAME=HOST-OR-CIDR:PORTS``: what the worker NAME may reach at the control plane's end.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    name, equals, rule = text.partition("=")
+    if not equals:
+        raise ConfigurationError(f"grant {quote(text)} names no worker: write NAME=HOST:PORTS, as node-1=10.0.0.1:6443")
+    return parse_worker_name(name), parse_allow(rule)
+
+
+def _parse_rule_host(text: str) -> IPNetwork | str:
+    if text == "*":
+        raise ConfigurationError("host '*' says nothing: write 0.0.0.0/0 and [::/0] for all ordinary addresses")
+    if text.startswith("*."):
+        suffix = parse_host(text[2:])
+        if not isinstance(suffix, str):
+            raise ConfigurationError(f"host {quote(text)} puts '*.' before an address: write a CIDR")
+        return "*." + suffix
+    return parse_network(text)
+
+
+def _parse_ports(text: str) -> tuple[range, ...]:
+    return tuple(_parse_port_range(part) for part in text.split(","))
+
+
+def _parse_port_range(text: str) -> range:
+    if text == "*":
+        return _ANY_PORT
+    first, dash, last = text.partition("-")
+    try:
+        low = parse_port(first)
+        high = parse_port(last) if dash else low
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}: write ports as *, 80,443 or 8000-8100") from None
+    if high < low:
+        raise ConfigurationError(f"ports {quote(text)} run backwards: write {high}-{low}")
+    return range(low, high + 1)
+
+
+class AllowList:
+    """The rules of one end, and the two checks. An empty list allows nothing.
+
+    The reasons in the errors are for this side's log; the peer is told only the code.
+    """
+
+    def __init__(self, rules: Iterable[AllowRule] = ()) -> None:
+        self.rules = tuple(rules)
+
+    def check_name(self, host: str, port: int) -> None:
+        """First stage, before resolving: refuses what no resolved address could make acceptable.
+
+        For an IP address this is the whole check.
+
+        Raises:
+            DeniedError: no rule can allow it, or the host is neither a strict IP address nor a DNS name.
+        """
+        wanted = _parse_wanted(host)
+        if not isinstance(wanted, str):
+            self._check(wanted, wanted, port)
+        elif not any(
+            rule.covers_port(port) and (rule.names(wanted) or not isinstance(rule.host, str)) for rule in self.rules
+        ):
+            raise DeniedError(f"no rule allows {format_hostport(wanted, port)}")
+
+    def check_address(self, host: str, address: IPAddress | str, port: int) -> None:
+        """Second stage, for an address that the host resolved to; dial this address and no other.
+
+        Raises:
+            DeniedError: no rule allows the host at this address.
+        """
+        self._check(_parse_wanted(host), ip_address(address), port)
+
+    def checker(self, host: str, port: int) -> Callable[[IPAddress], None]:
+        """``check_address`` for one destination, as ``dial`` takes it."""
+        wanted = _parse_wanted(host)
+        return lambda address: self._check(wanted, address, port)
+
+    def _check(self, wanted: IPAddress | str, address: IPAddress, port: int) -> None:
+        address = unwrap(address)
+        special = _special(address)
+        for rule in self.rules:
+            if rule.covers_port(port) and (
+                rule.opens(address) or (special is None and isinstance(wanted, str) and rule.names(wanted))
+            ):
+                return
+        at = format_hostport(address, port)
+        seen = f"{wanted} at {at}" if isinstance(wanted, str) else at
+        if special is None:
+            raise DeniedError(f"no rule allows {seen}")
+        raise DeniedError(f"no rule inside {special[0]} allows {seen}, a {special[1]} address")
+
+
+def _parse_wanted(host: str) -> IPAddress | str:
+    try:
+        return parse_host(host)
+    except ConfigurationError:
+        raise DeniedError(f"host {quote(host)} is neither an IP address nor a DNS name") from None

@@ -1,0 +1,131 @@
+"""What goes on the wire next: deficit round robin over the streams that have something to send.
+
+Theory of operation. A stream is *active* while it has data and credit. Active streams stand in one
+of two queues, as in FQ-CoDel (RFC 8290 section 4.2): a stream that was idle enters ``fresh`` and goes
+ahead of the ``waiting`` ones for one quantum; then it joins them. A stream found empty leaves.
+
+Three departures. A deficit may be overdrawn by one frame, so that frames are never cut to fit. A
+stream that keeps sending much *turns bulky*: it spends a bucket that refills at a fixed rate, and once
+that is empty it enters behind the others, however often it runs dry: only what stays small stays ahead.
+And when fresh streams have sent FRESH_RUN bytes in a row, a waiting one has a turn: many small streams
+together slow a bulky one down and cannot starve it.
+
+The quantum is the class's share: interactive 8, default 4, bulk 1, times the stream's weight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final, Protocol
+
+__all__ = ["IDLE", "Flow", "Scheduler"]
+
+IDLE: Final = 0
+FRESH: Final = 1
+WAITING: Final = 2
+
+SHARES: Final = (8, 4, 1)
+QUANTUM: Final = 16 * 1024
+"""Bytes of one share."""
+
+BUCKET: Final = 64 * 1024
+"""A stream that sent this much beyond its refill is bulky."""
+
+REFILL: Final = 4 * 1024 * 1024
+"""Bytes a second that any stream may send without turning bulky."""
+
+FRESH_RUN: Final = 256 * 1024
+"""Bytes fresh streams may send in a row while others wait."""
+
+
+class Flow(Protocol):
+    """What the scheduler keeps on a stream."""
+
+    place: int
+    """IDLE, FRESH or WAITING."""
+    deficit: int
+    """Bytes it may send before the next stream's turn."""
+    spent: float
+    """How much of the bucket is gone."""
+    spent_at: float
+    """When ``spent`` was true."""
+    priority: int
+    """Class: index into SHARES."""
+    weight: int
+    """1 to 255."""
+
+
+class Scheduler:
+    """The active streams of a session, in the order they are served. Constant time per call."""
+
+    __slots__ = ("_fresh", "_run", "_waiting")
+
+    def __init__(self) -> None:
+        self._fresh: deque[Flow] = deque()
+        self._waiting: deque[Flow] = deque()
+        self._run = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._fresh or self._waiting)
+
+    def __len__(self) -> int:
+        return len(self._fresh) + len(self._waiting)
+
+    @property
+    def contended(self) -> bool:
+        """Whether streams are waiting behind a fresh one."""
+        return bool(self._fresh) and bool(self._waiting)
+
+    def add(self, flow: Flow) -> None:
+        """The flow has something to send; nothing happens if that was known."""
+        if flow.place != IDLE:
+            return
+        flow.deficit = SHARES[flow.priority] * flow.weight * QUANTUM
+        if flow.spent < BUCKET:
+            flow.place = FRESH
+            self._fresh.append(flow)
+        else:
+            flow.place = WAITING
+            self._waiting.append(flow)
+
+    def next(self, *, fresh_only: bool = False) -> Flow | None:
+        """Whose turn it is. The same one again until ``charge`` or ``remove`` moves it.
+
+        Args:
+            fresh_only: pass the waiting ones over: the connection is full enough for bulk.
+        """
+        waiting = self._waiting
+        if self._fresh and (fresh_only or self._run < FRESH_RUN or not waiting):
+            return self._fresh[0]
+        if fresh_only or not waiting:
+            return None
+        flow = waiting[0]
+        while flow.deficit <= 0:
+            flow.deficit += SHARES[flow.priority] * flow.weight * QUANTUM
+            waiting.rotate(-1)
+            flow = waiting[0]
+        return flow
+
+    def charge(self, flow: Flow, size: int, now: float) -> None:
+        """The flow that ``next`` named sent ``size`` bytes and has more."""
+        self._spend(flow, size, now)
+        if flow.place == FRESH and (flow.deficit <= 0 or flow.spent >= BUCKET):
+            self._fresh.popleft()
+            flow.place = WAITING
+            self._waiting.append(flow)
+
+    def finish(self, flow: Flow, size: int, now: float) -> None:
+        """The flow that ``next`` named sent ``size`` bytes (0: it was reset) and has no more for now."""
+        self._spend(flow, size, now)
+        if flow.place == FRESH:
+            self._fresh.popleft()
+        else:
+            self._waiting.popleft()
+        flow.place = IDLE
+
+    def _spend(self, flow: Flow, size: int, now: float) -> None:
+        self._run = self._run + size if flow.place == FRESH else 0
+        flow.deficit -= size
+        spent = flow.spent - (now - flow.spent_at) * REFILL
+        flow.spent = (spent if spent > 0 else 0) + size
+        flow.spent_at = now

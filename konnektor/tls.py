@@ -1,0 +1,767 @@
+"""Mutual TLS: contexts from files, who the peer is, and what a failed handshake means.
+
+Both ends prove themselves with an X.509 certificate that carries one SPIFFE
+URI, ``spiffe://TRUST-DOMAIN/ROLE/NAME`` (SPIFFE X509-SVID, section 2), and an
+extended key usage that fits the role. OpenSSL verifies the chain, the dates and
+(at the dialing end) the host name; this module then reads the identity.
+
+What goes wrong is found as early as possible: a context is only handed out after
+a rehearsal in memory, in which OpenSSL judges our own certificate by our own CA
+file exactly as the peer will. Every error is one sentence that names the file or
+the peer and says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from konnektor.errors import CertificateError, ConfigurationError, KonnektorError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
+__all__ = [
+    "ALPN",
+    "DNS_PATTERN",
+    "NAME_PATTERN",
+    "Identity",
+    "Role",
+    "TLSFiles",
+    "certificate_identity",
+    "check_name",
+    "check_trust_domain",
+    "explain",
+    "frontend_context",
+    "peer_identity",
+    "read_certificates",
+    "read_key",
+    "same_key",
+    "with_alerts",
+]
+
+ALPN: Final = "konnektor/1"
+
+NAME_PATTERN: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
+"""Names of workers, control planes and clients; use ``fullmatch``."""
+
+_LABEL: Final = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+DNS_PATTERN: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
+"""Lower-case host names; use ``fullmatch``. Trust domains have the same shape, of up to 255 characters."""
+
+_TRUST_DOMAIN: Final = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(\.{_LABEL})*")
+_SPIFFE: Final = re.compile(r"spiffe://(?P<domain>[^/]*)/(?P<role>[^/]*)/(?P<name>[^/]*)")
+
+_MAX_FILE: Final = 1 << 20  # no bundle of certificates is larger, and /dev/zero must not fill the memory
+_MAX_NAMES: Final = 8  # of the peer's names that are quoted in an error
+
+
+class Role(StrEnum):
+    """What a certificate's holder may act as."""
+
+    WORKER = "worker"
+    CONTROL_PLANE = "control-plane"
+    CLIENT = "client"
+
+
+_USAGE: Final = {
+    Role.WORKER: ExtendedKeyUsageOID.CLIENT_AUTH,
+    Role.CONTROL_PLANE: ExtendedKeyUsageOID.SERVER_AUTH,
+    Role.CLIENT: ExtendedKeyUsageOID.CLIENT_AUTH,
+}
+_USAGE_NAMES: Final = {ExtendedKeyUsageOID.CLIENT_AUTH: "clientAuth", ExtendedKeyUsageOID.SERVER_AUTH: "serverAuth"}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a certificate speaks for; equal identities are the same party, whatever the key or serial."""
+
+    trust_domain: str
+    role: Role
+    name: str
+
+    def __str__(self) -> str:
+        return f"spiffe://{self.trust_domain}/{self.role}/{self.name}"
+
+    @classmethod
+    def parse(cls, uri: str) -> Identity:
+        """Read ``spiffe://TRUST-DOMAIN/ROLE/NAME``, with nothing before, after or between.
+
+        Raises:
+            CertificateError: another scheme, role or shape; a user, port, query or fragment.
+        """
+        match = _SPIFFE.fullmatch(uri)
+        if (
+            match is None
+            or not _TRUST_DOMAIN.fullmatch(match["domain"])
+            or match["role"] not in set(Role)
+            or not NAME_PATTERN.fullmatch(match["name"])
+        ):
+            roles = "|".join(Role)
+            raise CertificateError(f"{_quote(uri)} is not a konnektor identity (spiffe://TRUST-DOMAIN/{roles}/NAME)")
+        return cls(match["domain"], Role(match["role"]), match["name"])
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name a worker, control plane or client.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigurationError(
+            f"{_quote(name)} cannot be a name; use up to 63 of a-z, 0-9, '-' and '.', "
+            "with a letter or digit at both ends, such as node-1"
+        )
+    return name
+
+
+def check_trust_domain(domain: str) -> str:
+    """Return ``domain`` if it can be a trust domain (SPIFFE-ID, section 2.1, without underscores).
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if not _TRUST_DOMAIN.fullmatch(domain):
+        raise ConfigurationError(
+            f"{_quote(domain)} cannot be a trust domain; use a lower-case domain name, such as konnektor.local"
+        )
+    return domain
+
+
+# -- Our own files ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFiles:
+    """Where the PEM files of one endpoint are; nothing is read before a method is called.
+
+    Attributes:
+        ca: one or more CA certificates; a peer's chain must end at one of them.
+        cert: this endpoint's certificate, then the intermediate CAs if there are any.
+        key: the certificate's private key, not encrypted.
+    """
+
+    ca: str | os.PathLike[str]
+    cert: str | os.PathLike[str]
+    key: str | os.PathLike[str]
+
+    def identity(self) -> Identity:
+        """Who this endpoint is, from its own certificate.
+
+        Raises:
+            CertificateError: the certificate cannot be read, or has no konnektor identity.
+        """
+        return self._identity(read_certificates(self.cert, "certificate file")[0])
+
+    def server_context(self) -> ssl.SSLContext:
+        """A context for the accepting end, the control plane.
+
+        Raises:
+            CertificateError: a file that cannot be used, or not for a control plane.
+        """
+        return self._context(Role.CONTROL_PLANE)
+
+    def client_context(self, role: Role = Role.WORKER) -> ssl.SSLContext:
+        """A context for the dialing end.
+
+        Raises:
+            CertificateError: a file that cannot be used, or not for ``role``.
+        """
+        if role is Role.CONTROL_PLANE:
+            raise ConfigurationError("a control plane does not dial: client_context() takes worker or client")
+        return self._context(role)
+
+    def _identity(self, certificate: x509.Certificate) -> Identity:
+        try:
+            return certificate_identity(certificate)
+        except CertificateError as error:
+            raise CertificateError(
+                f"certificate file {_name(self.cert)} cannot be used: {error}; issue one with "
+                "konnektor pki issue --role worker|control-plane --name NAME"
+            ) from None
+
+    def _context(self, role: Role) -> ssl.SSLContext:
+        authorities = _read_authorities(self.ca)
+        leaf = _read_pair(self.cert, self.key)[0]
+        identity = self._identity(leaf)
+        if identity.role is not role:
+            raise CertificateError(
+                f"certificate file {_name(self.cert)} is for a {identity.role} ({identity.name}), not for a {role}; "
+                f"issue one with konnektor pki issue --role {role} --name {identity.name}"
+            )
+        try:
+            _check_usage(leaf, role)
+        except CertificateError as error:
+            raise CertificateError(f"certificate file {_name(self.cert)} cannot be used: {error}") from None
+        self._rehearse(authorities, role)
+        return self._build(authorities, server_side=role is Role.CONTROL_PLANE)
+
+    def _build(self, authorities: Sequence[x509.Certificate], *, server_side: bool) -> ssl.SSLContext:
+        context = _context(self.cert, self.key, authorities, server_side=server_side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols([ALPN])
+        return context
+
+    def _rehearse(self, authorities: Sequence[x509.Certificate], role: Role) -> None:
+        """Let OpenSSL judge our certificate by our CA file, in a handshake with ourselves in memory.
+
+        The peer's OpenSSL will apply the same rules (chains, dates of every link, purposes, RFC 5280 strictness), so
+        none of them is written down a second time here.
+        """
+        server = self._build(authorities, server_side=True)
+        client = self._build(authorities, server_side=False)
+        client.check_hostname = False
+        (client if role is not Role.CONTROL_PLANE else server).verify_mode = ssl.CERT_NONE
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        ends = (
+            client.wrap_bio(to_client, to_server),
+            server.wrap_bio(to_server, to_client, server_side=True),
+        )
+        try:
+            for end in ends * 2:  # hello, hello; client's end, server's end
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            raise self._verdict(error, authorities) from None
+        except ssl.SSLError as error:
+            raise _unusable(self.cert, self.key, error) from None
+
+    def _verdict(
+        self, error: ssl.SSLCertVerificationError, authorities: Sequence[x509.Certificate]
+    ) -> CertificateError:
+        if error.verify_code in _NO_ISSUER:
+            return CertificateError(
+                f"certificate file {_name(self.cert)} was not issued by a CA in {_name(self.ca)}; "
+                "issue it from that CA, or give the CA file that belongs to it"
+            )
+        for certificate in authorities:
+            _check_dates(certificate, "CA file", self.ca)
+        for certificate in read_certificates(self.cert, "certificate file"):
+            _check_dates(certificate, "certificate file", self.cert)
+        return CertificateError(
+            f"certificate file {_name(self.cert)} does not pass verification with CA file {_name(self.ca)}: "
+            f"{error.verify_message}; issue it again (konnektor pki issue makes certificates that pass)"
+        )
+
+
+def frontend_context(
+    cert: str | os.PathLike[str], key: str | os.PathLike[str], client_ca: str | os.PathLike[str]
+) -> ssl.SSLContext:
+    """A context for an ``https://`` frontend: TLS 1.2 or later, and a client certificate from ``client_ca``.
+
+    Its clients (a kube-apiserver, say) are not konnektor's: no ALPN, no identity in a URI.
+
+    Raises:
+        CertificateError: a file that cannot be used.
+    """
+    authorities = _read_authorities(client_ca)
+    leaf = _read_pair(cert, key)[0]
+    usages = _usages(leaf)
+    if usages and ExtendedKeyUsageOID.SERVER_AUTH not in usages:
+        raise CertificateError(
+            f"certificate file {_name(cert)} is not for servers: its extended key usage lacks serverAuth"
+        )
+    context = _context(cert, key, authorities, server_side=True)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    return context
+
+
+def _context(
+    cert: str | os.PathLike[str],
+    key: str | os.PathLike[str],
+    authorities: Sequence[x509.Certificate],
+    *,
+    server_side: bool,
+) -> ssl.SSLContext:
+    """What every context of ours has in common: certificates both ways, strictly checked, and no resumption."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.sslobject_class = _SSLObject
+    context.verify_mode = ssl.CERT_REQUIRED
+    # As Python 3.13's defaults: RFC 5280 to the letter, and any CA in the file is a trust anchor.
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    # A resumed session would skip the verification of certificates, and with it every rotation of a CA.
+    context.options |= ssl.OP_NO_TICKET
+    if server_side:
+        context.num_tickets = 0
+    else:
+        context.hostname_checks_common_name = False
+    context.load_verify_locations(cadata=b"".join(ca.public_bytes(Encoding.DER) for ca in authorities))
+    try:
+        # The files were checked, but may change in between: never let OpenSSL ask the terminal for a password.
+        context.load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:
+        raise _unusable(cert, key, error) from None
+    return context
+
+
+def _unusable(cert: str | os.PathLike[str], key: str | os.PathLike[str], error: Exception) -> CertificateError:
+    why = _words(error.reason) if isinstance(error, ssl.SSLError) and error.reason else str(error)
+    return CertificateError(f"certificate file {_name(cert)} with key file {_name(key)} cannot be used: {why}")
+
+
+def _read_authorities(path: str | os.PathLike[str]) -> list[x509.Certificate]:
+    authorities = read_certificates(path, "CA file")
+    for certificate in authorities:
+        if not _is_authority(certificate):
+            raise CertificateError(
+                f"CA file {_name(path)} holds a certificate that is not a CA's "
+                f"({_quote(certificate.subject.rfc4514_string())}); give the CA's own certificate, such as ca.pem"
+            )
+    now = datetime.now(UTC)
+    # In a bundle that is being rotated an expired CA is no error, as long as one serves.
+    if not any(ca.not_valid_before_utc <= now <= ca.not_valid_after_utc for ca in authorities):
+        _check_dates(authorities[0], "CA file", path)
+    return authorities
+
+
+def _read_pair(cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> list[x509.Certificate]:
+    chain = read_certificates(cert, "certificate file")
+    private = read_key(key, "key file")
+    if not same_key(chain[0], private):
+        raise CertificateError(
+            f"key file {_name(key)} does not belong to certificate file {_name(cert)}; "
+            "give the two files that were issued together"
+        )
+    _check_dates(chain[0], "certificate file", cert)
+    return chain
+
+
+def read_certificates(path: str | os.PathLike[str], what: str) -> list[x509.Certificate]:
+    """Read the certificates of a PEM file, at least one.
+
+    Args:
+        path: the file.
+        what: what to call it in an error, such as ``CA file``.
+
+    Raises:
+        CertificateError: missing, unreadable, not PEM, no certificate in it.
+    """
+    data = _read(path, what)
+    if b"-----BEGIN CERTIFICATE-----" not in data:
+        found = "a private key" if b"PRIVATE KEY-----" in data else "something else"
+        raise CertificateError(f"{what} {_name(path)} holds no certificate in PEM form, but {found}")
+    try:
+        certificates = x509.load_pem_x509_certificates(data)
+        for certificate in certificates:
+            _ = certificate.extensions  # parsed on demand only; be told now
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise CertificateError(f"{what} {_name(path)} holds a damaged certificate: {_quote(str(error))}") from None
+    return certificates
+
+
+def read_key(path: str | os.PathLike[str], what: str) -> PrivateKeyTypes:
+    """Read the private key of a PEM file.
+
+    Raises:
+        CertificateError: missing, unreadable, not PEM, encrypted, of an unknown kind.
+    """
+    data = _read(path, what)
+    # `openssl ecparam -genkey` puts its parameters first, and some keep key and certificate in one file.
+    block = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", data, re.DOTALL)
+    if block is None:
+        found = "a certificate" if b"-----BEGIN CERTIFICATE-----" in data else "something else"
+        raise CertificateError(f"{what} {_name(path)} holds no private key in PEM form, but {found}")
+    try:
+        return load_pem_private_key(block[0], password=None)
+    except TypeError:
+        raise CertificateError(
+            f"{what} {_name(path)} is encrypted, and nobody is there to type its password; "
+            "decrypt it with: openssl pkey -in FILE -out NEW-FILE"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise CertificateError(f"{what} {_name(path)} holds a damaged private key: {_first_line(error)}") from None
+
+
+def same_key(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
+    """Whether ``key`` is the private key of ``certificate``."""
+    own, named = key.public_key(), certificate.public_key()
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return own.public_bytes(*form) == named.public_bytes(*form)
+
+
+def _read(path: str | os.PathLike[str], what: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except FileNotFoundError:
+        raise CertificateError(f"{what} {_name(path)} does not exist") from None
+    except IsADirectoryError:
+        raise CertificateError(f"{what} {_name(path)} is a directory; name the file inside it") from None
+    except PermissionError:
+        raise CertificateError(
+            f"{what} {_name(path)} may not be read by this user; change its owner, or run as the user that owns it"
+        ) from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CertificateError(f"{what} {_name(path)} cannot be read: {why}") from None
+    if len(data) > _MAX_FILE:
+        raise CertificateError(f"{what} {_name(path)} is larger than {_MAX_FILE} bytes: not a PEM file")
+    return data
+
+
+def _check_dates(certificate: x509.Certificate, what: str, path: str | os.PathLike[str]) -> None:
+    now = datetime.now(UTC)
+    if now > certificate.not_valid_after_utc:
+        raise CertificateError(
+            f"{what} {_name(path)} expired on {_date(certificate.not_valid_after_utc)} (now {_date(now)}); issue a new one"
+        )
+    if now < certificate.not_valid_before_utc:
+        raise CertificateError(
+            f"{what} {_name(path)} is not valid before {_date(certificate.not_valid_before_utc)} (now {_date(now)}); "
+            "check this machine's clock"
+        )
+
+
+# -- The peer ---------------------------------------------------------------------------------------------------------
+
+
+def peer_identity(ssl_object: ssl.SSLObject, expected: Role, *, trust_domain: str, peer: str = "the peer") -> Identity:
+    """Who is at the other end of a finished handshake, as far as konnektor is concerned.
+
+    Chain, dates and host name were OpenSSL's business and are done; this is the rest: TLS 1.3 and our ALPN were
+    agreed on, and the certificate is a leaf with one identity of the expected role in our trust domain.
+
+    Args:
+        ssl_object: ``transport.get_extra_info("ssl_object")``, under asyncio or uvloop.
+        expected: the role the peer must have.
+        trust_domain: our own.
+        peer: what to call it in an error, such as ``the worker at 192.0.2.1:50000``.
+
+    Raises:
+        CertificateError: any of this fails; nothing may be sent to such a peer.
+    """
+    if ssl_object.version() != "TLSv1.3":
+        raise CertificateError(f"{peer} agreed on {ssl_object.version()}, not on TLSv1.3")
+    if ssl_object.selected_alpn_protocol() != ALPN:
+        raise CertificateError(
+            f"{peer} speaks TLS but not {ALPN}; is it a konnektor endpoint, and nothing in between that ends TLS?"
+        )
+    der = ssl_object.getpeercert(binary_form=True)
+    if der is None:
+        raise CertificateError(f"{peer} sent no certificate")
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        identity = certificate_identity(certificate)
+        if identity.role is not expected:
+            raise CertificateError(f"it is for a {identity.role} ({identity.name}), not for a {expected}")
+        if identity.trust_domain != trust_domain:
+            raise CertificateError(f"it belongs to trust domain {identity.trust_domain}, not to ours, {trust_domain}")
+        _check_usage(certificate, expected)
+    except CertificateError as error:
+        raise CertificateError(f"the certificate of {peer} is refused: {error}") from None
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise CertificateError(f"the certificate of {peer} is damaged: {_quote(str(error))}") from None
+    return identity
+
+
+def certificate_identity(certificate: x509.Certificate) -> Identity:
+    """The one konnektor identity of a leaf certificate.
+
+    Raises:
+        CertificateError: it has no URI, or several (X509-SVID, section 2: exactly one), or another kind of URI.
+    """
+    uris = _uris(certificate)
+    if not uris:
+        raise CertificateError("it has no konnektor identity (no URI spiffe://TRUST-DOMAIN/ROLE/NAME)")
+    if len(uris) > 1:
+        quoted = ", ".join(_quote(uri) for uri in uris[:_MAX_NAMES])
+        raise CertificateError(f"it has {len(uris)} URIs where exactly one must be: {quoted}")
+    return Identity.parse(uris[0])
+
+
+def _check_usage(certificate: x509.Certificate, role: Role) -> None:
+    """Refuse what RFC 5280 section 4.2.1 and X509-SVID section 4 do not let act as ``role``."""
+    if _is_authority(certificate):
+        raise CertificateError("it is a CA's certificate, which signs others and connects nowhere")
+    if _USAGE[role] not in _usages(certificate):  # anyExtendedKeyUsage does not do: a role is one usage
+        raise CertificateError(f"its extended key usage lacks {_USAGE_NAMES[_USAGE[role]]}, which a {role} needs")
+
+
+def _uris(certificate: x509.Certificate) -> list[str]:
+    names = _alternative_names(certificate)
+    return [] if names is None else names.get_values_for_type(x509.UniformResourceIdentifier)
+
+
+def _usages(certificate: x509.Certificate) -> list[x509.ObjectIdentifier]:
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    except x509.ExtensionNotFound:
+        return []
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
+def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+# -- Alerts: telling the peer why -------------------------------------------------------------------------------------
+
+
+def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
+    """``context`` for one connection over ``sock``, whose refusals reach the peer.
+
+    When a handshake fails, asyncio and uvloop close the connection and throw away the TLS alert that says why (RFC
+    8446 section 6.2), so that the peer sees no more than an end. For ``sslproto`` a context is whatever has a
+    ``wrap_bio``; this one sends the alert by itself.
+
+    Pass the result as ``ssl=`` of ``loop.connect_accepted_socket(..., sock)`` or ``loop.create_connection(...,
+    sock=sock)``, the same connected, non-blocking socket.
+    """
+    return cast("ssl.SSLContext", _Alerting(context, sock))
+
+
+class _Alerting:
+    def __init__(self, context: ssl.SSLContext, sock: socket.socket) -> None:
+        self._context = context
+        self._sock = sock
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | None = None,
+    ) -> ssl.SSLObject:
+        ssl_object = self._context.wrap_bio(incoming, outgoing, server_side, server_hostname)
+        if isinstance(ssl_object, _SSLObject):
+            ssl_object.alert = (outgoing, self._sock)
+        return ssl_object
+
+
+class _SSLObject(ssl.SSLObject):
+    """An SSLObject that makes the most of a handshake's failure while its details still exist."""
+
+    alert: tuple[ssl.MemoryBIO, socket.socket] | None = None
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            if isinstance(error, ssl.SSLCertVerificationError):
+                self._annotate(error)
+            self._send_alert()
+            raise
+        self.alert = None  # the transport's from here on
+
+    def _annotate(self, error: ssl.SSLCertVerificationError) -> None:
+        """Note what the refused certificate is for, and when; nobody can ask once the handshake is over."""
+        certificate = _unverified(self)
+        if certificate is None:
+            return
+        try:
+            if error.verify_code in _WRONG_NAME:
+                error.add_note(", ".join(_host_names(certificate)[:_MAX_NAMES]) or "none")
+            elif error.verify_code == _EXPIRED:
+                error.add_note(_date(certificate.not_valid_after_utc))
+            elif error.verify_code == _NOT_YET_VALID:
+                error.add_note(_date(certificate.not_valid_before_utc))
+        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+            pass  # a damaged certificate: its verdict stands without details
+
+    def _send_alert(self) -> None:
+        if self.alert is None:
+            return
+        (outgoing, sock), self.alert = self.alert, None
+        with contextlib.suppress(OSError):  # a peer that is gone needs no reason
+            # Past the transport, which closes next; what it wrote before was answered, so nothing is ahead of this.
+            sock.send(outgoing.read())
+
+
+def _unverified(ssl_object: ssl.SSLObject) -> x509.Certificate | None:
+    """The peer's certificate of a failed handshake, if this Python has a way to it (a public one since 3.13)."""
+    chain = getattr(ssl_object, "get_unverified_chain", None)
+    if chain is None:
+        chain = getattr(getattr(ssl_object, "_sslobj", None), "get_unverified_chain", None)
+    try:
+        first = (chain() or [None])[0] if chain is not None else None
+        if first is None:
+            return None
+        der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
+        return x509.load_der_x509_certificate(der)
+    except (ValueError, AttributeError, TypeError, ssl.SSLError):
+        return None
+
+
+def _host_names(certificate: x509.Certificate) -> list[str]:
+    names = _alternative_names(certificate)
+    if names is None:
+        return []
+    hosts = [_printable(host) for host in names.get_values_for_type(x509.DNSName)]
+    return hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)]
+
+
+# -- Explanations -----------------------------------------------------------------------------------------------------
+
+# X509_V_ERR_* of OpenSSL's x509_vfy.h, as SSLCertVerificationError.verify_code.
+_NOT_YET_VALID: Final = 9
+_EXPIRED: Final = 10
+_WRONG_PURPOSE: Final = 26
+_NO_ISSUER: Final = frozenset({2, 7, 18, 19, 20, 21})  # no issuer, its signature is another's, or self-signed
+_WRONG_NAME: Final = frozenset({62, 64})  # host name, IP address
+
+# What an alert means for us, by its name in RFC 8446 section 6.2, and what to do.
+_OUR_CERTIFICATE: Final = {
+    "UNKNOWN_CA": "issue it from the CA that the other side trusts",
+    "CERTIFICATE_EXPIRED": "issue a new one, and check the clocks of both machines",
+    "CERTIFICATE_REVOKED": "issue a new one",
+    "BAD_CERTIFICATE": "the name that was dialed may not be in it (--san adds names), or a clock may be wrong",
+    "UNSUPPORTED_CERTIFICATE": "its role is not the one wanted there; issue one with the right --role",
+    "CERTIFICATE_UNKNOWN": "the log of the other side says why",
+    "ACCESS_DENIED": "the log of the other side says why",
+    "DECRYPT_ERROR": "issue it again",
+}
+_NOT_TLS: Final = frozenset(
+    {"WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG", "BAD_RECORD_TYPE", "RECORD_LAYER_FAILURE",
+     "UNEXPECTED_MESSAGE", "LENGTH_TOO_LONG", "ENCRYPTED_LENGTH_TOO_LONG", "DATA_LENGTH_TOO_LONG"}
+)  # fmt: skip
+_OLD_TLS: Final = frozenset({"UNSUPPORTED_PROTOCOL", "WRONG_SSL_VERSION", "VERSION_TOO_LOW", "NO_PROTOCOLS_AVAILABLE"})
+
+
+def explain(exc: BaseException | None, peer: str) -> str:
+    """What ended an attempt to get a session, in one sentence for the operator.
+
+    Args:
+        exc: what connecting or the handshake raised, or what ``connection_lost`` was given before the peer's HELLO.
+            Under TLS 1.3 a client whose certificate is refused is connected at first and hears of it later (RFC 8446
+            section 2), or never: then it is None.
+        peer: what to call the other end, such as ``the control plane at a.example:8443``.
+    """
+    match exc:
+        case None:
+            return (
+                f"{peer} closed the connection before a session was up and gave no reason; "
+                "it may have refused our certificate, and its log says why"
+            )
+        case KonnektorError():
+            return str(exc)
+        case ssl.SSLCertVerificationError():
+            return _explain_verification(exc, peer)
+        case ssl.SSLError():
+            return _explain_ssl(exc, peer)
+        case socket.gaierror():
+            return f"{peer} cannot be found: {exc.strerror or exc}; check the host name"
+        case ConnectionRefusedError():
+            return f"{peer} does not accept connections (connection refused); is it running, and is the port right?"
+        case ConnectionAbortedError() if "handshake" in str(exc):  # what sslproto says of a timeout
+            return f"{peer} did not finish the TLS handshake in time; does it speak TLS?"
+        case ConnectionError():
+            return (
+                f"{peer} broke off the connection before a session was up; it may have refused our certificate "
+                "(its log says why), or not be a konnektor endpoint"
+            )
+        case TimeoutError():
+            return f"{peer} did not answer in time; check the address, and that no firewall is in between"
+        case OSError():
+            return f"{peer} cannot be reached: {exc.strerror or exc}"
+        case _:
+            return f"no session with {peer}: {type(exc).__name__}: {_first_line(exc)}"
+
+
+def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
+    notes = getattr(exc, "__notes__", ())
+    note = notes[0] if notes else ""
+    code = exc.verify_code
+    if code in _WRONG_NAME:
+        dialed = re.search(r"'(.*)'", exc.verify_message)
+        name = dialed[1] if dialed else "that was dialed"
+        remedy = (
+            f"use --server-name with one of its names: {note}" if note else "use --server-name with one of its names"
+        )
+        return f"the certificate of {peer} is not for the name {name}; {remedy}"
+    if code in _NO_ISSUER:
+        return (
+            f"the certificate of {peer} was not issued by a CA that we trust ({exc.verify_message}); "
+            "issue it from our CA, or add its CA to our CA file"
+        )
+    if code == _EXPIRED:
+        when = f" on {note}" if note else ""
+        return f"the certificate of {peer} expired{when}; issue a new one, and check the clocks of both machines"
+    if code == _NOT_YET_VALID:
+        when = f" before {note}" if note else " yet"
+        return f"the certificate of {peer} is not valid{when}; check the clocks of both machines"
+    if code == _WRONG_PURPOSE:
+        return f"the certificate of {peer} is for another role than it has here; issue one with the right --role"
+    return f"the certificate of {peer} is refused: {exc.verify_message}; issue it again"
+
+
+def _explain_ssl(exc: ssl.SSLError, peer: str) -> str:
+    reason = (exc.reason or "").upper().replace(" ", "_").replace("/", "_")
+    # Python has had TLSV1_ALERT_UNKNOWN_CA, TLSV13_ALERT_..., and OpenSSL 3.2 and later say "ssl/tls alert ...".
+    alert = reason.partition("ALERT_")[2]
+    if alert in _OUR_CERTIFICATE:
+        return f"{peer} refused our certificate: {_words(alert)} ({_words(reason)}); {_OUR_CERTIFICATE[alert]}"
+    if alert == "CERTIFICATE_REQUIRED":
+        return f"{peer} wants a certificate, and we sent none"
+    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return f"{peer} sent no certificate; konnektor endpoints must have one, issued by our CA"
+    if reason in {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST"}:
+        return f"{peer} speaks plain HTTP, and this is a TLS port for konnektor endpoints"
+    if reason in _NOT_TLS:
+        return f"{peer} speaks something other than TLS; is that the port of a konnektor endpoint?"
+    if reason in _OLD_TLS or alert == "PROTOCOL_VERSION":
+        return f"{peer} does not speak TLS 1.3; is that a konnektor endpoint?"
+    if alert == "NO_APPLICATION_PROTOCOL":
+        return f"{peer} speaks TLS but not {ALPN}; is that the port of a konnektor endpoint?"
+    if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError) or reason == "UNEXPECTED_EOF_WHILE_READING":
+        return explain(None, peer)
+    return f"TLS with {peer} failed: {_words(reason) if reason else _first_line(exc)}"
+
+
+# -- Wording ----------------------------------------------------------------------------------------------------------
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return _printable(os.fspath(path))
+
+
+def _printable(text: str) -> str:
+    """Text from outside, fit for one line of a log."""
+    return text if text.isprintable() else ascii(text)
+
+
+def _quote(text: str) -> str:
+    return ascii(text if len(text) <= 300 else text[:300] + "...")
+
+
+def _date(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _words(reason: str) -> str:
+    return reason.lower().replace("_", " ")
+
+
+def _first_line(error: BaseException) -> str:
+    return _printable(str(error).partition("\n")[0])

@@ -1,0 +1,418 @@
+"""Dialing real sockets on loopback: the race, the checks, every error's code, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from konnektor import dial as dial_module
+from konnektor.addresses import IPAddress
+from konnektor.dial import MAX_ADDRESSES, dial
+from konnektor.errors import (
+    ConnectRefusedError,
+    DeniedError,
+    DialTimeoutError,
+    DNSError,
+    LimitError,
+    StreamError,
+    TargetResetError,
+    UnreachableError,
+)
+from konnektor.policy import AllowList, parse_allow
+
+
+@contextmanager
+def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@contextmanager
+def silent(*hosts: str) -> Iterator[int]:
+    """One port at several addresses that never answers: each listener's backlog is full."""
+    with ExitStack() as stack:
+        port = 0
+        for host in hosts:
+            listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener.bind((host, port))
+            listener.listen(0)
+            port = listener.getsockname()[1]
+            for _ in range(2):  # Linux accepts one more than the backlog
+                filler = stack.enter_context(socket.socket(listener.family))
+                filler.setblocking(False)
+                filler.connect_ex((host, port))
+        yield port
+
+
+def unused_port(host: str = "127.0.0.1") -> int:
+    with listening(host) as port:
+        return port
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull, "rb") as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, hard))
+        held = []
+        try:
+            while True:
+                held.append(os.dup(lowest.fileno()))
+        except OSError:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in held:
+                os.close(fd)
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has names resolve to the given addresses."""
+
+    def install(*hosts: str) -> None:
+        async def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
+            await asyncio.sleep(0)
+            return [
+                (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (h, port, 0, 0))
+                if ":" in h
+                else (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (h, port))
+                for h in hosts
+            ]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+    return install
+
+
+@pytest.fixture
+def connects(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Has connecting raise the given errors in turn, None for a real connection; the addresses tried are listed."""
+
+    def install(*errors: OSError | None) -> list[str]:
+        loop = asyncio.get_running_loop()
+        real = loop.sock_connect
+        turns = iter(errors)
+        tried = []
+
+        async def sock_connect(sock: socket.socket, address: Any) -> None:
+            tried.append(address[0])
+            error = next(turns)
+            if error is not None:
+                raise error
+            await real(sock, address)
+
+        monkeypatch.setattr(loop, "sock_connect", sock_connect)
+        return tried
+
+    return install
+
+
+@pytest.fixture(autouse=True)
+async def quick_stagger(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    monkeypatch.setattr(dial_module, "STAGGER", 0.02)
+    yield
+
+
+async def sleepless(turns: int) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.5"])
+async def test_a_dialed_socket_is_ready_for_use(host: str) -> None:
+    with listening("127.0.0.1" if host == "localhost" else host) as port, await dial(host, port) as sock:
+        assert sock.getpeername()[1] == port
+        assert not sock.getblocking()
+        for level, option, value in (
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+        ):
+            assert sock.getsockopt(level, option) == value
+
+
+async def test_options_that_a_platform_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "TCP_KEEPIDLE")
+    with listening() as port, await dial("127.0.0.1", port):
+        pass
+
+
+async def test_an_address_asks_no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = asyncio.all_tasks()
+    monkeypatch.setattr(dial_module, "_race", None)
+    with listening() as port:
+        dialing = asyncio.ensure_future(dial("127.0.0.1", port))
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() - tasks <= {dialing}
+        (await dialing).close()
+
+
+async def test_refused() -> None:
+    with pytest.raises(ConnectRefusedError, match=r"127\.0\.0\.1:\d+: ECONNREFUSED"):
+        await dial("127.0.0.1", unused_port())
+
+
+async def test_the_dialed_name_may_be_all_refused(resolve: Callable[..., None]) -> None:
+    resolve("127.0.0.1", "127.0.0.2", "::1")
+    with pytest.raises(ConnectRefusedError):
+        await dial("db.example", unused_port())
+
+
+@pytest.mark.parametrize(
+    ("code", "cls"),
+    [
+        (errno.ECONNREFUSED, ConnectRefusedError),
+        (errno.ECONNRESET, TargetResetError),
+        (errno.ENETUNREACH, UnreachableError),
+        (errno.EHOSTUNREACH, UnreachableError),
+        (errno.EADDRNOTAVAIL, UnreachableError),
+        (errno.EACCES, UnreachableError),
+        (errno.ETIMEDOUT, DialTimeoutError),
+        (errno.EMFILE, LimitError),
+        (errno.ENFILE, LimitError),
+        (errno.ENOBUFS, LimitError),
+        (None, UnreachableError),
+    ],
+)
+async def test_every_error_has_its_code(
+    code: int | None, cls: type[StreamError], connects: Callable[..., list[str]]
+) -> None:
+    connects(OSError(code, "secret") if code else OSError("secret"))
+    with pytest.raises(StreamError) as caught:
+        await dial("127.0.0.1", 9)
+    assert type(caught.value) is cls
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [errno.ENETUNREACH, errno.ECONNREFUSED])
+async def test_the_most_telling_error_counts(
+    first: int, resolve: Callable[..., None], connects: Callable[..., list[str]]
+) -> None:
+    resolve("::1", "127.0.0.1")
+    connects(OSError(first, "x"), OSError({errno.ENETUNREACH, errno.ECONNREFUSED}.difference({first}).pop(), "x"))
+    with pytest.raises(ConnectRefusedError):
+        await dial("db.example", 9)
+
+
+async def test_no_descriptor_left() -> None:
+    with listening() as port:
+        with no_more_descriptors(), pytest.raises(LimitError):
+            await dial("127.0.0.1", port)
+        (await dial("127.0.0.1", port)).close()
+
+
+async def test_silence_ends_at_the_deadline() -> None:
+    with silent("127.0.0.1") as port, pytest.raises(DialTimeoutError, match=r"did not answer within 0\.05 s"):
+        await dial("127.0.0.1", port, within=0.05)
+
+
+async def test_silence_of_all_addresses_ends_at_the_deadline(resolve: Callable[..., None]) -> None:
+    resolve("127.0.0.1", "127.0.0.2", "::1")
+    with silent("127.0.0.1", "127.0.0.2", "::1") as port, pytest.raises(DialTimeoutError):
+        await dial("db.example", port, within=0.2)
+
+
+async def test_the_deadline_covers_the_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def getaddrinfo(*args: Any, **options: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    with pytest.raises(DialTimeoutError):
+        await dial("db.example", 9, within=0.05)
+
+
+async def test_a_callers_own_timeout_stays_the_callers() -> None:
+    with silent("127.0.0.1") as port, pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await dial("127.0.0.1", port, within=60)
+
+
+async def test_unresolved_names(monkeypatch: pytest.MonkeyPatch, resolve: Callable[..., None]) -> None:
+    resolve()
+    with pytest.raises(DNSError, match=r"db\.example has no address"):
+        await dial("db.example", 9)
+
+    async def getaddrinfo(*args: Any, **options: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    with pytest.raises(DNSError, match=r"db\.example did not resolve: Name or service not known"):
+        await dial("db.example", 9)
+
+
+@pytest.mark.parametrize("host", ["127.1", "0x7f000001", "2130706433", "::1%lo", "a b", ""])
+async def test_what_is_neither_name_nor_address_reaches_no_resolver(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", None)
+    with pytest.raises(DNSError, match="neither"):
+        await dial(host, 9)
+
+
+async def test_the_resolver_gets_the_trailing_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    async def getaddrinfo(host: str, *args: Any, **options: Any) -> Any:
+        asked.append(host)
+        return []
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    with pytest.raises(DNSError):
+        await dial("db.example.", 9)
+    assert asked == ["db.example."]
+
+
+async def test_only_checked_addresses_are_dialed(
+    resolve: Callable[..., None], connects: Callable[..., list[str]]
+) -> None:
+    resolve("169.254.169.254", "127.0.0.1", "127.0.0.2", "::1")
+    tried = connects(OSError(errno.ECONNREFUSED, "x"), None)
+    seen = []
+    rules = AllowList(parse_allow(text) for text in ("0.0.0.0/0:*", "[::1]:*", "127.0.0.2:*"))
+    checked = rules.checker("db.example", 9)
+
+    def check(address: IPAddress) -> None:
+        seen.append(str(address))
+        checked(address)
+
+    with listening("::1") as port, await dial("db.example", port, check=check) as sock:
+        assert sock.getpeername()[0] == "::1"
+    assert seen == ["169.254.169.254", "127.0.0.1", "127.0.0.2", "::1"]
+    assert tried == ["127.0.0.2", "::1"]
+
+
+async def test_all_addresses_vetoed(resolve: Callable[..., None], connects: Callable[..., list[str]]) -> None:
+    resolve("127.0.0.1", "::1")
+    tried = connects()
+    check = AllowList([parse_allow("db.example:9")]).checker("db.example", 9)
+    with pytest.raises(DeniedError, match=r"127\.0\.0\.0/8"):
+        await dial("db.example", 9, check=check)
+    assert tried == []
+
+
+async def test_an_address_is_checked_too(connects: Callable[..., list[str]]) -> None:
+    tried = connects()
+    with pytest.raises(DeniedError):
+        await dial("127.0.0.1", 9, check=AllowList().checker("127.0.0.1", 9))
+    assert tried == []
+
+
+async def test_families_take_turns(resolve: Callable[..., None], connects: Callable[..., list[str]]) -> None:
+    resolve("::1", "::2", "::3", "127.0.0.1", "127.0.0.2", *(f"127.0.1.{n}" for n in range(40)))
+    tried = connects(*(OSError(errno.ENETUNREACH, "x") for _ in range(MAX_ADDRESSES)))
+    with pytest.raises(UnreachableError):
+        await dial("db.example", 9)
+    assert tried[:6] == ["::1", "127.0.0.1", "::2", "127.0.0.2", "::3", "127.0.1.0"]
+    assert len(tried) == MAX_ADDRESSES
+
+
+async def test_a_silent_address_does_not_keep_the_others_waiting(resolve: Callable[..., None]) -> None:
+    resolve("::1", "127.0.0.2", "127.0.0.3")
+    with silent("::1", "127.0.0.2") as port, listening("127.0.0.3", port), await dial("db.example", port) as sock:
+        assert sock.getpeername()[0] == "127.0.0.3"
+
+
+async def test_of_two_that_connect_at_once_one_is_closed(
+    resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    both = asyncio.Event()
+    socks = []
+
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        sock.setblocking(True)
+        sock.connect(address)
+        sock.setblocking(False)
+        socks.append(sock)
+        if len(socks) == 2:
+            both.set()
+        await both.wait()
+
+    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    resolve("127.0.0.1", "127.0.0.2")
+    with listening("127.0.0.1") as port, listening("127.0.0.2", port), await dial("db.example", port) as sock:
+        assert sock in socks
+        assert [s.fileno() >= 0 for s in socks].count(True) == 1
+
+
+async def test_meeting_oneself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        sock.setblocking(True)
+        sock.bind(address)
+        sock.connect(address)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", sock_connect)
+    with pytest.raises(ConnectRefusedError):
+        await dial("127.0.0.1", unused_port())
+
+
+async def test_a_socket_reset_at_once_is_left_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        pass  # never connected: there is no peer's name
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", sock_connect)
+    (await dial("127.0.0.1", 9)).close()
+
+
+@pytest.mark.parametrize("turns", range(12))
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1", "127.0.0.2")])
+async def test_cancelling_at_any_turn_leaves_nothing(
+    turns: int, hosts: tuple[str, ...], resolve: Callable[..., None]
+) -> None:
+    resolve(*hosts)
+    with listening("127.0.0.1") as port:
+        dialing = asyncio.ensure_future(dial("db.example", port, within=60))
+        await sleepless(turns)
+        if dialing.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await dialing
+        else:
+            dialing.result().close()
+
+
+@pytest.mark.parametrize("hosts", [("127.0.0.1",), ("::1", "127.0.0.1", "127.0.0.2")])
+async def test_cancelling_a_silent_dial_leaves_nothing(
+    hosts: tuple[str, ...], resolve: Callable[..., None], connects: Callable[..., list[str]]
+) -> None:
+    resolve(*hosts)
+    tried = connects(*(None for _ in hosts))
+    with silent(*hosts) as port:
+        dialing = asyncio.ensure_future(dial("db.example", port))
+        while len(tried) < len(hosts):
+            await asyncio.sleep(0.01)
+        dialing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dialing
+
+
+async def test_cancelling_as_the_winner_comes_in_closes_it(
+    resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    real = loop.sock_connect
+    socks = []
+
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        await real(sock, address)
+        socks.append(sock)
+        dialing.cancel()
+
+    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    resolve("127.0.0.1", "127.0.0.2")
+    with listening("127.0.0.1") as port:
+        dialing = asyncio.ensure_future(dial("db.example", port))
+        with pytest.raises(asyncio.CancelledError):
+            await dialing
+    assert [sock.fileno() for sock in socks] == [-1]

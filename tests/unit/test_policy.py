@@ -1,0 +1,197 @@
+"""Allow rules and both checks: what a rule opens, and what no broad rule opens."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from konnektor.errors import ConfigurationError, DeniedError
+from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp
+
+
+def allows(rules: str, host: str, port: int, address: str | None = None) -> bool:
+    """Both stages, as an endpoint runs them; ``address`` is what a name resolves to."""
+    allow_list = AllowList(parse_allow(rule) for rule in rules.split())
+    try:
+        allow_list.check_name(host, port)
+        allow_list.check_address(host, address or host, port)
+        allow_list.checker(host, port)(ip_address(address or host))
+    except DeniedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["db.example:5432", "*.svc.example:*", "10.0.0.7:80,443", "10.0.0.0/8:8000-8100,22", "[::1]:80", "[fd00::/8]:*"],
+)
+def test_rules_read_and_print(text: str) -> None:
+    assert str(parse_allow(text)) == text
+
+
+def test_rules_are_normalised() -> None:
+    assert parse_allow("DB.Example.:1-65535") == parse_allow("db.example:*")
+    assert parse_allow("[::ffff:127.0.0.1]:80") == parse_allow("127.0.0.1:80")
+    assert parse_allow("db:80-80") == parse_allow("db:80")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (tcp("127.0.0.1", 10250), "127.0.0.1:10250"),
+        (tcp("10.0.0.0/8", "1-65535"), "10.0.0.0/8:*"),
+        (tcp("::1", "80,443"), "[::1]:80,443"),
+        (tcp("[fd00::/8]", "*"), "[fd00::/8]:*"),
+        (tcp("*.a", 1), "*.a:1"),
+    ],
+)
+def test_rules_from_python(rule: AllowRule, text: str) -> None:
+    assert rule == parse_allow(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("db.example", "HOST:PORTS"),
+        ("::1:80", "HOST:PORTS"),
+        ("*:80", "0.0.0.0/0"),
+        ("*.10.0.0.1:80", "CIDR"),
+        ("*.:80", "neither"),
+        ("a*.example:80", "neither"),
+        ("10.0.0.1/8:80", "host bits"),
+        ("127.1:80", "neither"),
+        ("db:", "write ports as"),
+        ("db:80,", "write ports as"),
+        ("db:0", "write ports as"),
+        ("db:-80", "write ports as"),
+        ("db:80-", "write ports as"),
+        ("db:80-70", "write 70-80"),
+        ("db:http", "write ports as"),
+    ],
+)
+def test_bad_rules(text: str, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        parse_allow(text)
+
+
+def test_grant_from() -> None:
+    assert parse_grant_from("node-1=10.0.0.1:6443") == ("node-1", tcp("10.0.0.1", 6443))
+    with pytest.raises(ConfigurationError, match="names no worker"):
+        parse_grant_from("10.0.0.1:6443")
+    with pytest.raises(ConfigurationError, match="not usable"):
+        parse_grant_from("=10.0.0.1:6443")
+
+
+def test_nothing_is_allowed_by_default() -> None:
+    assert not allows("", "10.0.0.7", 80)
+    assert not allows("", "db.example", 80, "10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("rules", "host", "address", "allowed"),
+    [
+        ("db.example:80", "db.example", "10.0.0.7", True),
+        ("db.example:80", "DB.EXAMPLE.", "10.0.0.7", True),
+        ("db.example:80", "other.example", "10.0.0.7", False),
+        ("db.example:80", "x.db.example", "10.0.0.7", False),
+        ("db.example:81", "db.example", "10.0.0.7", False),
+        ("*.example:80", "db.example", "10.0.0.7", True),
+        ("*.example:80", "a.b.example", "10.0.0.7", True),
+        ("*.example:80", "example", "10.0.0.7", False),
+        ("*.example:80", "badexample", "10.0.0.7", False),
+        ("10.0.0.0/8:80", "db.example", "10.0.0.7", True),
+        ("10.0.0.0/8:80", "db.example", "11.0.0.7", False),
+        ("10.0.0.0/8:81 db.example:81", "db.example", "10.0.0.7", False),
+        # A name rule does not open the addresses for direct requests, nor special addresses.
+        ("db.example:80", "10.0.0.7", None, False),
+        ("db.example:80", "db.example", "127.0.0.1", False),
+        ("db.example:80", "db.example", "::ffff:169.254.169.254", False),
+        ("localhost:80", "localhost", "127.0.0.1", False),
+        ("localhost:80 127.0.0.1:80", "localhost", "127.0.0.1", True),
+        ("localhost:80 127.0.0.1:81", "localhost", "127.0.0.1", False),
+    ],
+)
+def test_names(rules: str, host: str, address: str | None, allowed: bool) -> None:
+    assert allows(rules, host, 80, address) is allowed
+
+
+SPECIAL = [
+    ("0.0.0.0", "0.0.0.0/8"),
+    ("127.0.0.1", "127.0.0.0/8"),
+    ("127.255.255.255", "127.0.0.0/8"),
+    ("169.254.169.254", "169.254.0.0/16"),
+    ("100.100.100.200", "100.100.100.200/32"),
+    ("168.63.129.16", "168.63.129.16"),
+    ("224.0.0.1", "224.0.0.0/4"),
+    ("239.255.255.255", "224.0.0.0/4"),
+    ("255.255.255.255", "255.255.255.255"),
+    ("::", "[::/128]"),
+    ("::1", "[::1]"),
+    ("::7f00:1", "[::/96]"),
+    ("fe80::1", "[fe80::/10]"),
+    ("ff02::1", "[ff00::/8]"),
+    ("fd00:ec2::254", "[fd00:ec2::254]"),
+    ("fd20:ce::254", "[fd20:ce::254]"),
+    ("::ffff:127.0.0.1", "127.0.0.0/8"),
+    ("::ffff:127.0.0.1", "[::ffff:127.0.0.0/104]"),
+    ("64:ff9b::127.0.0.1", "[64:ff9b::127.0.0.0/104]"),
+    ("64:ff9b::a9fe:a9fe", "[64:ff9b::169.254.169.254]"),
+    ("2002:7f00:1::1", "[2002:7f00::/24]"),
+]
+
+
+@pytest.mark.parametrize(("address", "inside"), SPECIAL)
+def test_special_addresses_need_a_rule_inside_their_range(address: str, inside: str) -> None:
+    broad = "0.0.0.0/0:* [::/0]:* 128.0.0.0/1:* 0.0.0.0/1:* [fd00::/8]:* [::/8]:* [2002::/16]:* [64:ff9b::/96]:* *.example:*"
+    assert not allows(broad, address, 80)
+    assert not allows(broad, "rebound.example", 80, address)
+    assert allows(f"{broad} {inside}:80", address, 80)
+    assert allows(f"{broad} {inside}:80", "rebound.example", 80, address)
+    assert not allows(f"{broad} {inside}:81", address, 80)
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.7", "8.8.8.8", "fd00::1", "2001:db8::1", "::ffff:10.0.0.7", "64:ff9b::8.8.8.8"]
+)
+def test_ordinary_addresses_need_any_rule(address: str) -> None:
+    assert allows("0.0.0.0/0:80 [::/0]:80", address, 80)
+    assert not allows("0.0.0.0/0:80 [::/0]:80", address, 81)
+
+
+@pytest.mark.parametrize("host", ["127.1", "2130706433", "0x7f000001", "fe80::1%eth0", "a b", "", "[::1]"])
+def test_what_is_neither_name_nor_address_is_denied(host: str) -> None:
+    allow_list = AllowList([parse_allow("0.0.0.0/0:*"), parse_allow("127.0.0.0/8:*"), parse_allow("[::/0]:*")])
+    for check in (
+        lambda: allow_list.check_name(host, 80),
+        lambda: allow_list.check_address(host, ip_address("10.0.0.7"), 80),
+        lambda: allow_list.checker(host, 80),
+    ):
+        with pytest.raises(DeniedError, match="neither"):
+            check()
+
+
+def test_reasons_say_what_was_seen() -> None:
+    allow_list = AllowList([tcp("0.0.0.0/0", "*"), tcp("db", 80)])
+    with pytest.raises(
+        DeniedError, match=r"no rule inside 127\.0\.0\.0/8 allows db at 127\.0\.0\.1:80, a loopback address"
+    ):
+        allow_list.check_address("db", "127.0.0.1", 80)
+    with pytest.raises(DeniedError, match=r"no rule allows \[fd00::1\]:80"):
+        allow_list.check_name("fd00::1", 80)
+    with pytest.raises(DeniedError, match=r"no rule allows db:80"):
+        AllowList().check_name("db", 80)
+
+
+@given(st.ip_addresses())
+def test_a_name_rule_opens_no_address_itself(address: object) -> None:
+    assert not allows("db.example:* *.example:*", str(address), 80)
+
+
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_a_rule_for_an_address_opens_it(address: object, port: int) -> None:
+    rule = tcp(str(address), port)
+    AllowList([rule]).check_name(str(address), port)
+    AllowList([parse_allow(str(rule))]).check_name(str(address), port)

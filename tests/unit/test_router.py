@@ -1,0 +1,211 @@
+"""Routes, grants and the order of choice among workers."""
+
+from __future__ import annotations
+
+import pytest
+
+from konnektor.errors import ConfigurationError, NoRouteError
+from konnektor.router import DEFAULT, Route, RouteChoice, Router, granted_routes, parse_grant_route, parse_route
+
+
+def routes(text: str) -> list[Route]:
+    return [parse_route(part) for part in text.split()]
+
+
+def router(**workers: str) -> Router:
+    result = Router()
+    for name, text in workers.items():
+        result.set_routes(name.replace("_", "-"), routes(text))
+    return result
+
+
+@pytest.mark.parametrize(
+    "text", ["default", "host=node-1", "host=*.example", "host=n?de-*", "cidr=10.1.0.0/16", "cidr=fd00::/8"]
+)
+def test_routes_read_and_print(text: str) -> None:
+    assert str(parse_route(text)) == text
+
+
+def test_routes_are_normalised() -> None:
+    assert parse_route("host=10.0.0.7") == parse_route("cidr=10.0.0.7") == parse_route("cidr=::ffff:10.0.0.7")
+    assert parse_route("host=DB.Example.") == parse_route("host=db.example")
+    assert parse_route("host=*.Example.") == parse_route("host=*.example")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "unknown"),
+        ("node-1", "unknown"),
+        ("default=1", "unknown"),
+        ("host=10.0.0.0/8", "unknown"),
+        ("host=", "neither"),
+        ("host=127.1", "neither"),
+        ("host=*/x", "pattern"),
+        ("host=[ab]*", "pattern"),
+        ("host=*" + "a" * 253, "pattern"),
+        ("cidr=db.example", "no network"),
+        ("cidr=10.0.0.1/8", "host bits"),
+    ],
+)
+def test_bad_routes(text: str, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        parse_route(text)
+
+
+def test_grant_route() -> None:
+    assert parse_grant_route("node-1=cidr=10.1.0.0/16") == ("node-1", parse_route("cidr=10.1.0.0/16"))
+    assert parse_grant_route("node-1=default") == ("node-1", DEFAULT)
+    with pytest.raises(ConfigurationError, match="names no worker"):
+        parse_grant_route("default")
+    with pytest.raises(ConfigurationError, match="not usable"):
+        parse_grant_route("host=*.A=b".upper())
+
+
+@pytest.mark.parametrize(
+    ("grant", "claim", "covered"),
+    [
+        ("default", "default", True),
+        ("default", "host=a", False),
+        ("host=*", "default", False),
+        ("host=a", "host=a", True),
+        ("host=a", "host=b", False),
+        ("host=*.a", "host=x.a", True),
+        ("host=*.a", "host=a", False),
+        ("host=*.a", "host=*.a", True),
+        ("host=*", "host=*.a", False),
+        ("host=*", "cidr=10.0.0.0/8", False),
+        ("cidr=10.0.0.0/8", "cidr=10.1.0.0/16", True),
+        ("cidr=10.0.0.0/8", "host=10.0.0.7", True),
+        ("cidr=10.1.0.0/16", "cidr=10.0.0.0/8", False),
+        ("cidr=10.0.0.0/8", "cidr=11.0.0.0/16", False),
+        ("cidr=0.0.0.0/0", "cidr=::/0", False),
+        ("cidr=0.0.0.0/0", "host=a", False),
+    ],
+)
+def test_grants_cover(grant: str, claim: str, covered: bool) -> None:
+    assert parse_route(grant).covers(parse_route(claim)) is covered
+
+
+def test_claims_without_a_grant_are_ignored() -> None:
+    claims = routes("host=node-1 cidr=10.1.0.0/16 default cidr=10.1.0.0/16 host=node-2 default")
+    grants = [parse_grant_route("node-1=cidr=10.0.0.0/8"), parse_grant_route("node-2=default")]
+    counted, ignored = granted_routes("node-1", claims, grants)
+    assert list(counted) == routes("host=node-1 cidr=10.1.0.0/16")
+    assert list(ignored) == routes("default host=node-2")
+
+
+def test_the_certificates_name_counts_by_itself() -> None:
+    assert granted_routes("node-1", [], []) == ((Route("node-1"),), ())
+    assert granted_routes("42", [], []) == ((), ())
+
+
+def test_most_specific_route_wins() -> None:
+    r = router(
+        exact="host=db.example",
+        narrow="cidr=10.1.0.0/16 host=*b.example",
+        wide="cidr=10.0.0.0/8 host=*.example host=10.1.2.3",
+        six="cidr=fd00::/8",
+        rest="default",
+    )
+    for host, worker in {
+        "db.example": "exact",
+        "DB.example.": "exact",
+        "web.example": "narrow",
+        "www.example": "wide",
+        "a.b.c.example": "wide",
+        "10.1.2.3": "wide",
+        "10.1.2.4": "narrow",
+        "::ffff:10.1.2.4": "narrow",
+        "10.2.0.1": "wide",
+        "fd00::1": "six",
+        "fe00::1": "rest",
+        "11.0.0.1": "rest",
+        "example": "rest",
+    }.items():
+        assert r.choose(host) == RouteChoice(worker, host)
+
+
+def test_no_route() -> None:
+    r = router(a="cidr=10.0.0.0/8 host=*.example")
+    for host in ("11.0.0.1", "other", "::1"):
+        with pytest.raises(NoRouteError, match="no worker serves"):
+            r.choose(host)
+    with pytest.raises(NoRouteError, match="neither"):
+        r.choose("127.1")
+
+
+def test_header_names_the_worker() -> None:
+    r = router(a="default", b="")
+    assert r.candidates("10.0.0.7", "b") == [RouteChoice("b", "10.0.0.7")]
+    with pytest.raises(NoRouteError, match="worker 'c' is not connected"):
+        r.choose("10.0.0.7", "c")
+
+
+def test_suffix_names_the_worker_before_the_header() -> None:
+    r = router(node_1="", other="default")
+    r.set_routes("node-1.example", ())
+    r.set_routes("7.node-1", ())
+    for host, choice in {
+        "10.0.0.7.node-1.konnektor.internal": ("node-1", "10.0.0.7"),  # not host 10.0.0 of worker 7.node-1
+        "db.node-1.konnektor.internal": ("node-1", "db"),
+        "db.7.node-1.konnektor.internal": ("7.node-1", "db"),
+        "DB.Example.NODE-1.Konnektor.Internal.": ("node-1", "db.example"),
+        "10.0.0.7.node-1.example.konnektor.internal": ("node-1.example", "10.0.0.7"),
+        "a.b.node-1.example.konnektor.internal": ("node-1.example", "a.b"),
+    }.items():
+        assert r.candidates(host, "other") == [choice]
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("node-1.konnektor.internal", "no host: write HOST.node-1.konnektor.internal"),
+        ("db.node-2.konnektor.internal", "no connected worker"),
+        ("127.1.node-1.konnektor.internal", "no connected worker"),
+        ("x.konnektor.internal", "no connected worker"),
+    ],
+)
+def test_bad_suffix(host: str, says: str) -> None:
+    with pytest.raises(NoRouteError, match=says):
+        router(node_1="default").choose(host)
+
+
+def test_equals_take_turns() -> None:
+    r = router(a="default cidr=10.0.0.0/8", b="default cidr=10.0.0.0/8")
+    # Two destinations asked for alternately: each has its own turns.
+    seen = [(r.choose("10.0.0.7").worker, r.choose("other").worker) for _ in range(4)]
+    assert seen == [("a", "a"), ("b", "b")] * 2
+
+
+def test_least_loaded_comes_first_and_the_others_follow() -> None:
+    load = {"a": 3, "b": 1, "c": 1, "d": 0}
+    r = Router(load.__getitem__)
+    for name in "abc":
+        r.set_routes(name, [DEFAULT, Route("db")])
+    r.set_routes("d", [DEFAULT])
+    assert [c.worker for c in r.candidates("db")] == ["b", "c", "a"]
+    load["b"] = 9
+    assert [c.worker for c in r.candidates("db")] == ["c", "a", "b"]
+    assert [c.worker for c in r.candidates("other")] == ["d", "c", "a", "b"]
+
+
+def test_routes_follow_set_and_remove() -> None:
+    r = router(a="host=*.x cidr=10.0.0.0/8 host=db", b="host=*.x")
+    assert r.routes("a") == tuple(routes("host=*.x cidr=10.0.0.0/8 host=db"))
+    r.set_routes("a", routes("cidr=10.0.0.0/9 cidr=10.128.0.0/9"))
+    assert r.choose("y.x").worker == "b"
+    assert r.choose("10.200.0.1").worker == "a"
+    r.remove("a")
+    r.remove("b")
+    r.remove("never-there")
+    assert r.routes("a") == ()
+    for host in ("y.x", "10.0.0.1", "db"):
+        with pytest.raises(NoRouteError):
+            r.choose(host)
+
+
+def test_a_hostile_glob_matches_in_no_time() -> None:
+    r = router(a="host=" + "*a" * 100 + "b")
+    with pytest.raises(NoRouteError):
+        r.choose(".".join(["a" * 60] * 4))
