@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
@@ -45,6 +46,7 @@ _ERRNO: Final[dict[int | None, type[StreamError]]] = {
     errno.ECONNRESET: TargetResetError,
     errno.ECONNABORTED: TargetResetError,
     errno.ETIMEDOUT: DialTimeoutError,
+    errno.EAGAIN: LimitError,  # no local port is free
     errno.EMFILE: LimitError,
     errno.ENFILE: LimitError,
     errno.ENOBUFS: LimitError,
@@ -197,7 +199,7 @@ async def _attempt(address: _Address, errors: list[OSError]) -> socket.socket | 
         sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setblocking(False)
         set_options(sock)
-        await asyncio.get_running_loop().sock_connect(sock, address.sockaddr)
+        await _connect(sock, address.sockaddr)
         if _is_self_connected(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
     except OSError as error:
@@ -210,6 +212,36 @@ async def _attempt(address: _Address, errors: list[OSError]) -> socket.socket | 
             sock.close()
         raise
     return sock
+
+
+async def _connect(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
+    """``loop.sock_connect`` for an address that is resolved.
+
+    uvloop's own sends even an IP address through the resolver's few threads: a hop for each dial, and a wait for all
+    of them behind a slow name server.
+    """
+    try:
+        sock.connect(sockaddr)
+        return
+    except BlockingIOError as error:
+        if error.errno != errno.EINPROGRESS:
+            raise
+    loop = asyncio.get_running_loop()
+    writable: asyncio.Future[None] = loop.create_future()
+    fd = sock.fileno()
+    loop.add_writer(fd, _settle, writable)
+    try:
+        await writable
+    finally:
+        loop.remove_writer(fd)
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _is_self_connected(sock: socket.socket) -> bool:

@@ -72,6 +72,7 @@ __all__ = [
     "decode_tlvs",
     "encode_tlvs",
     "is_grease",
+    "is_type_name",
     "scan",
 ]
 
@@ -199,6 +200,14 @@ def _decode_text(frame: str, raw: memoryview) -> str:
     if len(raw) > MAX_TEXT:
         raise FrameSizeError(f"{frame} with {len(raw)} bytes of text, more than {MAX_TEXT}")
     return clean_text(raw)
+
+
+_TYPE_NAME = re.compile("[!-~]{1,255}")
+
+
+def is_type_name(name: str) -> bool:
+    """Whether ``name`` may name a stream type: printable ASCII without spaces, so that it is fit for logs."""
+    return _TYPE_NAME.fullmatch(name) is not None
 
 
 # TLVs
@@ -467,10 +476,9 @@ def _open(_flags: int, stream: int, raw: memoryview) -> Open:
     end = 2 + raw[1]
     if end > len(raw):
         raise FrameSizeError("OPEN is cut off in its type name")
-    try:
-        name = str(raw[2:end], "ascii")
-    except UnicodeDecodeError:
-        raise ProtocolError("OPEN with a type name that is not ASCII") from None
+    name = str(raw[2:end], "latin-1")
+    if not is_type_name(name):
+        raise ProtocolError("OPEN with a type name that is not printable ASCII")
     return Open(stream, _priority_class(raw[0]), name, decode_tlvs(raw[end:]))
 
 
@@ -522,7 +530,7 @@ class _Rule(NamedTuple):
 
 _RULES: Final[dict[int, _Rule]] = {
     _DATA: _Rule("DATA", 0, MAX_PAYLOAD, True, _FIN | _BLOCKED, _data),
-    _OPEN: _Rule("OPEN", 2, MAX_OPEN, True, 0, _open),
+    _OPEN: _Rule("OPEN", 3, MAX_OPEN, True, 0, _open),
     _ACCEPT: _Rule("ACCEPT", 0, MAX_OPEN, True, 0, lambda _, stream, raw: Accept(stream, decode_tlvs(raw))),
     _REFUSE: _Rule("REFUSE", 8, 8 + MAX_TEXT, True, 0, _refuse),
     _RESET: _Rule("RESET", 12, 12 + MAX_TEXT, True, 0, _reset),

@@ -9,11 +9,14 @@ from typing import Final
 
 from konnektor.errors import ConfigurationError
 
-__all__ = ["KIB", "MIB", "Limits", "format_size", "parse_size"]
+__all__ = ["KIB", "MAX_DEADLINE", "MIB", "Limits", "format_size", "parse_size"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
+
+MAX_DEADLINE: Final = 300.0
+"""Seconds that an OPEN may wait for its answer, at most."""
 
 _FLOORS: Final[dict[str, float]] = {
     # Peers may rely on the first four of these before they have read our HELLO (docs/protocol.md, "Settings").
@@ -34,7 +37,7 @@ _CEILINGS: Final[dict[str, float]] = {
     "max_frame": 65_535,
     "initial_window": 16 * MIB,
     "initial_streams": 1_000_000,
-    "open_deadline": 300,
+    "open_deadline": MAX_DEADLINE,
     "idle_timeout": 86_400,
 }
 

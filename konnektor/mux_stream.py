@@ -7,8 +7,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from konnektor.credit import ReceiveWindow, SendWindow
-from konnektor.errors import Code, LocalProtocolError, PeerError, SessionError, SessionLost, StreamClosedError, StreamStateError
-from konnektor.frames import Buffer, OpenTLV
+from konnektor.errors import (
+    Code,
+    LocalProtocolError,
+    PeerError,
+    SessionError,
+    SessionLost,
+    StreamClosedError,
+    StreamStateError,
+)
+from konnektor.frames import MAX_OPEN, Buffer, OpenTLV
 from konnektor.states import RECEIVE, SEND, Event, Receiving, Sending
 
 if TYPE_CHECKING:
@@ -18,13 +26,20 @@ __all__ = ["MuxStream", "Sink"]
 
 
 class Sink(Protocol):
-    """Where a stream's events go: called directly, never queued."""
+    """Where a stream's events go: called directly, never queued.
+
+    A sink may call back into its stream, others, and the multiplexer. It must not raise: nothing above it could
+    know what to do.
+    """
 
     def accepted(self) -> None:
         """The peer accepted the stream we opened."""
 
     def data_received(self, data: memoryview, /) -> None:
-        """Bytes came. ``data`` is valid during the call only; report them with ``consumed`` when they are used."""
+        """Bytes came. ``data`` is valid during the call only; report them with ``consumed`` when they are used.
+
+        On a stream of the peer's they may come before ``accept``; they are not to be used before it.
+        """
 
     def eof_received(self) -> None:
         """The peer has sent all it will."""
@@ -33,7 +48,10 @@ class Sink(Protocol):
         """The queue has drained to the low-water mark, after ``want_room``."""
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
-        """One half or both ended abruptly. Unread bytes count as consumed, unless it was the session that ended."""
+        """One half or both ended abruptly, and not by a call of this side's.
+
+        Unread bytes count as consumed, unless it was the session that ended.
+        """
 
     def closed(self) -> None:
         """The stream is forgotten: the last call."""
@@ -132,7 +150,7 @@ class MuxStream:
         self.reset_code = 0
         self.reset_text = ""
         self.retry_ms = 0
-        self.priority_due: tuple[int, int] | None = None
+        self.priority_due = False
         # the end
         self.stop_received = False
         self.released = False
@@ -147,14 +165,24 @@ class MuxStream:
         """The stream type's own header, from OPEN or ACCEPT."""
         return self.tlvs.get(OpenTLV.HEADER, b"")
 
+    @property
+    def wanted(self) -> tuple[bool, bool]:
+        """Whether receiving and sending still matter to the application: neither over nor given up by it."""
+        return (
+            self.receiving in (Receiving.OPEN, Receiving.AWAITING),
+            self.sending in (Sending.OPEN, Sending.FINISHING, Sending.UNSENT, Sending.UNDECIDED),
+        )
+
     # Answering an OPEN of the peer
 
     def accept(self, header: bytes = b"") -> None:
         """The target is reached. Data may flow both ways.
 
         Raises:
-            LocalProtocolError: already accepted, refused or cancelled.
+            LocalProtocolError: already accepted, refused or cancelled; or the header is too long.
         """
+        if len(header) > MAX_OPEN - 4:
+            raise LocalProtocolError(f"an ACCEPT takes at most {MAX_OPEN - 4} bytes of header, not {len(header)}")
         self.move_sending(Event.DO_ACCEPT)
         self.accept_tlvs = {int(OpenTLV.HEADER): header} if header else {}
         self._mux.decided(self)
@@ -166,13 +194,14 @@ class MuxStream:
         Raises:
             LocalProtocolError: already accepted; ``reset`` and ``stop`` then.
         """
-        if self.sending is not Sending.UNDECIDED:
-            self.move_sending(Event.DO_REFUSE)
-            return
+        before = self.sending
         self.move_sending(Event.DO_REFUSE)
+        if before is not Sending.UNDECIDED:
+            return
         self.move_receiving(Event.DO_REFUSE)
         self.receive_window.drop()
-        self.reset_code, self.reset_text, self.retry_ms = code, text, round(retry_after * 1000)
+        self.reset_code, self.reset_text = _u32(code), text
+        self.retry_ms = int(max(0.0, min(retry_after, 86_400.0)) * 1000)
         self._mux.decided(self)
         self._mux.want_control(self)
 
@@ -202,7 +231,10 @@ class MuxStream:
             self._mux.activate(self)
 
     def want_room(self, low_water: int = 0) -> None:
-        """Asks for one ``sink.writable`` when at most ``low_water`` bytes are queued."""
+        """Asks for one ``sink.writable`` once sending has brought the queue down to ``low_water`` bytes.
+
+        For a queue that holds more than that: nothing is sent, and nothing called, on account of an empty one.
+        """
         self.low_water = low_water
         self.room_wanted = True
 
@@ -227,7 +259,7 @@ class MuxStream:
             return
         self.move_sending(Event.DO_RESET)
         if before is not self.sending:
-            self.reset_code, self.reset_text = code, text
+            self.reset_code, self.reset_text = _u32(code), text
             self.drop_queue()
             self._mux.want_control(self)
 
@@ -236,33 +268,34 @@ class MuxStream:
     def consumed(self, count: int) -> None:
         """The application took ``count`` bytes: their credit goes back to the peer."""
         window = self.receive_window
-        unread = window.received - window.consumed
-        if count > unread:
-            count = unread
+        count = min(count, window.received - window.consumed)
         if count:
             self._mux.consumed(self, count)
 
     def stop(self, code: int = Code.CANCELLED) -> None:
-        """Asks the peer to stop sending. What comes is discarded. Nothing happens if the half has ended."""
+        """Asks the peer to stop sending. What came and comes is discarded.
+
+        Before an answer to the peer's OPEN this refuses it.
+        """
         before = self.receiving
         if self.sending is Sending.UNSENT:
             self._mux.give_up(self)
-            return
-        self.move_receiving(Event.DO_STOP)
-        self.receive_window.drop()
-        if before is not self.receiving:
-            self.stop_due, self.stop_code = True, code
-            self._mux.want_control(self)
-        elif self.forgotten:
-            self._mux.release(self)
+        elif self.sending is Sending.UNDECIDED and before is Receiving.OPEN:
+            self.refuse(code)
+        else:
+            self.move_receiving(Event.DO_STOP)
+            self.receive_window.drop()
+            if before is not self.receiving:
+                self.stop_due, self.stop_code = True, _u32(code)
+                self._mux.stopped(self)
+            else:
+                self._mux.retire(self)
 
     def cancel(self, code: int = Code.CANCELLED, text: str = "") -> None:
         """Ends both halves abruptly: STOP, and RESET unless FIN was sent."""
-        if self.sending in (Sending.UNSENT, Sending.UNDECIDED):
-            self.reset(code, text)
-        else:
+        if self.sending not in (Sending.UNSENT, Sending.UNDECIDED):
             self.stop(code)
-            self.reset(code, text)
+        self.reset(code, text)
 
     # Both
 
@@ -271,9 +304,10 @@ class MuxStream:
         if not (0 <= priority <= 2 and 1 <= weight <= 255):
             raise LocalProtocolError(f"class {priority} and weight {weight} are not 0 to 2 and 1 to 255")
         self.priority, self.weight = priority, weight
-        if self.sending not in (Sending.UNSENT, Sending.UNDECIDED) and not self.forgotten:
-            self.priority_due = (priority, weight)
-            self._mux.want_control(self)
+        if self.sending is not Sending.UNSENT and self.receiving in (Receiving.OPEN, Receiving.AWAITING):
+            self.priority_due = True
+            if self.sending is not Sending.UNDECIDED:
+                self._mux.want_control(self)
 
     def release(self) -> None:
         """The handler of a stream the peer opened is done with it; its place may be given to another."""
@@ -331,16 +365,29 @@ class MuxStream:
         self.queued = 0
         self.room_wanted = False
 
-    def lost(self, error: SessionError) -> None:
-        """The session ended."""
-        receiving = self.receiving is not Receiving.ENDED
-        sending = self.sending is not Sending.ENDED
+    def fail(self, error: PeerError, wanted: tuple[bool, bool]) -> None:
+        """Tells the sink about the halves that it still ``wanted``."""
+        receiving, sending = wanted
+        if receiving or sending:
+            self.sink.failed(error, receiving=receiving, sending=sending)
+
+    def break_off(self, error: PeerError, code: int) -> None:
+        """Cancels the stream on the multiplexer's own account."""
+        wanted = self.wanted
+        self.cancel(code, error.reason)
+        self.fail(error, wanted)
+
+    def end(self) -> None:
+        """It is over, on both sides or with the session: nothing more is sent or expected."""
         self.receiving = Receiving.ENDED
         self.sending = Sending.ENDED
-        self.forgotten = self.retired = True
+        self.forgotten = True
         self.drop_queue()
-        lost = SessionLost(str(error), error.code, sent=self.send_window.sent, received=self.receive_window.received)
-        self.sink.failed(lost, receiving=receiving, sending=sending)
+
+    def lost(self, error: SessionError, wanted: tuple[bool, bool]) -> None:
+        """Tells the sink that the session has ended, and how far the stream got."""
+        sent, received = self.send_window.sent, self.receive_window.received
+        self.fail(SessionLost(str(error), error.code, sent=sent, received=received), wanted)
         self.sink.closed()
 
     def assert_invariants(self) -> None:
@@ -348,3 +395,9 @@ class MuxStream:
         self.receive_window.assert_invariants()
         self.send_window.assert_invariants()
         assert self.queued == sum(map(len, self._queue or ()))
+
+
+def _u32(code: int) -> int:
+    if not 0 <= code < 2**32:
+        raise LocalProtocolError(f"{code} is no error code: those are 0 to 2**32 - 1")
+    return code

@@ -272,9 +272,9 @@ def _write(
             _create(file, data, mode, made)
         _sync_directory(key_file.parent)
     except BaseException as error:
-        for file in made:
+        for half in made:
             with contextlib.suppress(OSError):
-                file.unlink()
+                half.unlink()
         if isinstance(error, FileExistsError):
             raise _exists(file) from None
         if isinstance(error, OSError):

@@ -127,5 +127,5 @@ class Scheduler:
         self._run = self._run + size if flow.place == FRESH else 0
         flow.deficit -= size
         spent = flow.spent - (now - flow.spent_at) * REFILL
-        flow.spent = (spent if spent > 0 else 0) + size
+        flow.spent = max(0.0, spent) + size
         flow.spent_at = now

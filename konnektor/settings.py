@@ -137,6 +137,5 @@ class Settings:
         )
 
 
-
 FLOORS: Final = Settings(max_frame=16_376, initial_window=16 * 1024, initial_streams=8, idle_timeout=30)
 """What every peer takes at least; usable before its HELLO has arrived."""

@@ -316,7 +316,8 @@ def _context(
 
 
 def _unusable(cert: str | os.PathLike[str], key: str | os.PathLike[str], error: Exception) -> CertificateError:
-    why = _words(error.reason) if isinstance(error, ssl.SSLError) and error.reason else str(error)
+    reason = getattr(error, "reason", None)  # ssl.SSLError has one, mostly
+    why = _words(reason) if reason else _first_line(error)
     return CertificateError(f"certificate file {_name(cert)} with key file {_name(key)} cannot be used: {why}")
 
 
@@ -531,8 +532,8 @@ def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
     """``context`` for one connection over ``sock``, whose refusals reach the peer.
 
     When a handshake fails, asyncio and uvloop close the connection and throw away the TLS alert that says why (RFC
-    8446 section 6.2), so that the peer sees no more than an end. For ``sslproto`` a context is whatever has a
-    ``wrap_bio``; this one sends the alert by itself.
+    8446 section 6.2), so that the peer sees no more than an end. All they want of a context is its ``wrap_bio``;
+    the one of this one sends the alert by itself.
 
     Pass the result as ``ssl=`` of ``loop.connect_accepted_socket(..., sock)`` or ``loop.create_connection(...,
     sock=sock)``, the same connected, non-blocking socket.
@@ -541,9 +542,19 @@ def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
 
 
 class _Alerting:
+    """An SSLContext by its one method that matters here; ssl has no cheap way to copy a real one."""
+
     def __init__(self, context: ssl.SSLContext, sock: socket.socket) -> None:
         self._context = context
         self._sock = sock
+
+    # uvloop asks isinstance(context, SSLContext), and this is how an object says yes (as mocks do).
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return ssl.SSLContext
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._context, name)
 
     def wrap_bio(
         self,
@@ -717,7 +728,7 @@ def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
 
 
 def _explain_ssl(exc: ssl.SSLError, peer: str) -> str:
-    reason = (exc.reason or "").upper().replace(" ", "_").replace("/", "_")
+    reason = str(getattr(exc, "reason", None) or "").upper().replace(" ", "_").replace("/", "_")
     # Python has had TLSV1_ALERT_UNKNOWN_CA, TLSV13_ALERT_..., and OpenSSL 3.2 and later say "ssl/tls alert ...".
     alert = reason.partition("ALERT_")[2]
     if alert in _OUR_CERTIFICATE:

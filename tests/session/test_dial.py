@@ -7,7 +7,7 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -101,28 +101,26 @@ def connects(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Has connecting raise the given errors in turn, None for a real connection; the addresses tried are listed."""
 
     def install(*errors: OSError | None) -> list[str]:
-        loop = asyncio.get_running_loop()
-        real = loop.sock_connect
+        real = dial_module._connect
         turns = iter(errors)
         tried = []
 
-        async def sock_connect(sock: socket.socket, address: Any) -> None:
+        async def connect(sock: socket.socket, address: Any) -> None:
             tried.append(address[0])
             error = next(turns)
             if error is not None:
                 raise error
             await real(sock, address)
 
-        monkeypatch.setattr(loop, "sock_connect", sock_connect)
+        monkeypatch.setattr(dial_module, "_connect", connect)
         return tried
 
     return install
 
 
 @pytest.fixture(autouse=True)
-async def quick_stagger(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+def quick_stagger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dial_module, "STAGGER", 0.02)
-    yield
 
 
 async def sleepless(turns: int) -> None:
@@ -184,6 +182,7 @@ async def test_the_dialed_name_may_be_all_refused(resolve: Callable[..., None]) 
         (errno.ETIMEDOUT, DialTimeoutError),
         (errno.EMFILE, LimitError),
         (errno.ENFILE, LimitError),
+        (errno.EAGAIN, LimitError),
         (errno.ENOBUFS, LimitError),
         (None, UnreachableError),
     ],
@@ -327,11 +326,10 @@ async def test_a_silent_address_does_not_keep_the_others_waiting(resolve: Callab
 async def test_of_two_that_connect_at_once_one_is_closed(
     resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = asyncio.get_running_loop()
     both = asyncio.Event()
     socks = []
 
-    async def sock_connect(sock: socket.socket, address: Any) -> None:
+    async def connect(sock: socket.socket, address: Any) -> None:
         sock.setblocking(True)
         sock.connect(address)
         sock.setblocking(False)
@@ -340,7 +338,7 @@ async def test_of_two_that_connect_at_once_one_is_closed(
             both.set()
         await both.wait()
 
-    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    monkeypatch.setattr(dial_module, "_connect", connect)
     resolve("127.0.0.1", "127.0.0.2")
     with listening("127.0.0.1") as port, listening("127.0.0.2", port), await dial("db.example", port) as sock:
         assert sock in socks
@@ -348,21 +346,21 @@ async def test_of_two_that_connect_at_once_one_is_closed(
 
 
 async def test_meeting_oneself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def sock_connect(sock: socket.socket, address: Any) -> None:
+    async def connect(sock: socket.socket, address: Any) -> None:
         sock.setblocking(True)
         sock.bind(address)
         sock.connect(address)
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", sock_connect)
+    monkeypatch.setattr(dial_module, "_connect", connect)
     with pytest.raises(ConnectRefusedError):
         await dial("127.0.0.1", unused_port())
 
 
 async def test_a_socket_reset_at_once_is_left_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def sock_connect(sock: socket.socket, address: Any) -> None:
+    async def connect(sock: socket.socket, address: Any) -> None:
         pass  # never connected: there is no peer's name
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", sock_connect)
+    monkeypatch.setattr(dial_module, "_connect", connect)
     (await dial("127.0.0.1", 9)).close()
 
 
@@ -400,16 +398,15 @@ async def test_cancelling_a_silent_dial_leaves_nothing(
 async def test_cancelling_as_the_winner_comes_in_closes_it(
     resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = asyncio.get_running_loop()
-    real = loop.sock_connect
+    real = dial_module._connect
     socks = []
 
-    async def sock_connect(sock: socket.socket, address: Any) -> None:
+    async def connect(sock: socket.socket, address: Any) -> None:
         await real(sock, address)
         socks.append(sock)
         dialing.cancel()
 
-    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    monkeypatch.setattr(dial_module, "_connect", connect)
     resolve("127.0.0.1", "127.0.0.2")
     with listening("127.0.0.1") as port:
         dialing = asyncio.ensure_future(dial("db.example", port))

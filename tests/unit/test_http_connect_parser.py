@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -113,7 +115,7 @@ def outcome(pieces: list[bytes]) -> ConnectRequest | int | None:
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("data", GOOD, ids=brief)
@@ -199,7 +201,7 @@ def test_error_responses() -> None:
         (errors.TargetResetError(), 502),
         (errors.TargetTLSError(), 502),
         (errors.CancelledStreamError(), 502),
-        (errors.stream_error(errors.Code.INTERNAL), 502),
+        (errors.StreamError("secret", errors.Code.INTERNAL), 502),
         (errors.ApplicationError(), 502),
         (errors.NoRouteError(), 503),
         (errors.LimitError(), 503),

@@ -145,7 +145,8 @@ SPECIAL = [
 
 @pytest.mark.parametrize(("address", "inside"), SPECIAL)
 def test_special_addresses_need_a_rule_inside_their_range(address: str, inside: str) -> None:
-    broad = "0.0.0.0/0:* [::/0]:* 128.0.0.0/1:* 0.0.0.0/1:* [fd00::/8]:* [::/8]:* [2002::/16]:* [64:ff9b::/96]:* *.example:*"
+    broad = "0.0.0.0/0:* 128.0.0.0/1:* 0.0.0.0/1:* [::/0]:* [::/8]:* [fd00::/8]:* [2002::/16]:* [64:ff9b::/96]:*"
+    broad += " *.example:*"
     assert not allows(broad, address, 80)
     assert not allows(broad, "rebound.example", 80, address)
     assert allows(f"{broad} {inside}:80", address, 80)

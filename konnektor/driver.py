@@ -1,0 +1,172 @@
+"""The asyncio driver: one connection, one multiplexer, and nothing else.
+
+Reading: the transport fills a shared buffer, the multiplexer parses it in place, and only the beginning
+of a frame that is not all there is kept. Writing: what one turn of the loop produces is joined into one
+``transport.write`` (64 KiB at a time), and nothing is pulled while the transport is full: data waits where
+the scheduler can still choose. One timer serves every deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Final, cast
+
+from konnektor.mux import Mux
+from konnektor.scratch import Scratch, scratch
+
+__all__ = ["Driver"]
+
+WRITE_HIGH: Final = 128 * 1024
+NOTSENT_LOWAT: Final = 128 * 1024
+CLOSE_TIMEOUT: Final = 5.0
+
+
+class Driver(asyncio.BufferedProtocol):
+    """Moves bytes between a transport and a multiplexer.
+
+    Args:
+        on_connected: the transport is there (after TLS).
+        on_lost: the transport is gone; its exception, if it had one.
+
+    Attributes:
+        mux: set by the session, which is its handler and forwards ``output_pending`` and ``deadline_moved``.
+        transport: the connection (after TLS), None before and after.
+    """
+
+    __slots__ = (
+        "_close_timer",
+        "_flush_scheduled",
+        "_loop",
+        "_on_connected",
+        "_on_lost",
+        "_paused",
+        "_rest",
+        "_scratch",
+        "_timer",
+        "mux",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        on_connected: Callable[[asyncio.Transport], None],
+        on_lost: Callable[[Exception | None], None],
+    ) -> None:
+        self.mux: Mux
+        self._loop = asyncio.get_running_loop()
+        self._on_connected = on_connected
+        self._on_lost = on_lost
+        self.transport: asyncio.Transport | None = None
+        self._scratch: Scratch | None = None
+        self._rest = b""
+        self._paused = False
+        self._flush_scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
+
+    # What the multiplexer says
+
+    def output_pending(self) -> None:
+        """Writes at the end of this turn of the loop."""
+        if not self._flush_scheduled and self.transport is not None:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def deadline_moved(self, when: float) -> None:
+        """Sets the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._timeout)
+
+    def _timeout(self) -> None:
+        self._timer = None
+        self.mux.handle_timeout(self._loop.time())
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        mux, transport, time = self.mux, self.transport, self._loop.time
+        if transport is None:
+            return
+        while mux.awake and not self._paused:
+            data = mux.data_to_send(time())
+            if not data:
+                break
+            transport.write(data)
+
+    def close(self) -> None:
+        """Writes what is left (the CLOSE frame), then closes the transport; a peer that never reads is cut off."""
+        transport = self.transport
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if transport is None or self._close_timer is not None:
+            return
+        self._paused = False
+        self._flush()
+        self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+        transport.close()
+
+    def abort(self) -> None:
+        """Drops the connection."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    # What the transport says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports do not derive from asyncio's.
+        transport = cast("asyncio.Transport", transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(WRITE_HIGH)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # What is not sent yet should wait in the scheduler, not in the kernel.
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25), NOTSENT_LOWAT)
+        self._on_connected(transport)
+        if self.mux.awake:
+            self.output_pending()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        shared = self._scratch = scratch()
+        rest = self._rest
+        size = len(rest)
+        if size:
+            shared.view[:size] = rest
+            return shared.view[size:]
+        return shared.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        shared = self._scratch
+        assert shared is not None
+        size = len(self._rest) + nbytes
+        shared.busy = True
+        try:
+            used = self.mux.receive(shared.view[:size], self._loop.time())
+            self._rest = bytes(shared.view[used:size]) if used < size else b""
+        finally:
+            shared.busy = False
+            self._scratch = None
+
+    def eof_received(self) -> bool:
+        # A TCP EOF is never a stream's EOF; without CLOSE it is a broken connection.
+        return False
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        for timer in (self._timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = None
+        self._on_lost(exc)

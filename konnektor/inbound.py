@@ -1,0 +1,330 @@
+"""What the peer's frames do: parsing in place, and each frame's effect on the session and its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final
+
+from konnektor.acks import Acks
+from konnektor.errors import (
+    Code,
+    FlowControlError,
+    PeerError,
+    ProtocolError,
+    StreamStateError,
+    VersionError,
+    session_error,
+    stream_error,
+)
+from konnektor.frames import (
+    HEADER,
+    HEADER_SIZE,
+    UNSEQUENCED,
+    VERSION,
+    Accept,
+    Ack,
+    Close,
+    Credit,
+    Data,
+    Datagram,
+    Frame,
+    FrameType,
+    Goaway,
+    Hello,
+    Open,
+    OpenTLV,
+    Ping,
+    Pong,
+    Priority,
+    Refuse,
+    Reset,
+    Resume,
+    Resumed,
+    Stop,
+    Streams,
+    check_header,
+    decode,
+)
+from konnektor.limits import MAX_DEADLINE
+from konnektor.mux_stream import MuxStream
+from konnektor.settings import Settings
+from konnektor.states import Event, Receiving, Sending
+
+if TYPE_CHECKING:
+    from konnektor.mux import Mux
+
+__all__ = ["Inbound"]
+
+
+class Inbound:
+    """The receiving side of one session.
+
+    Attributes:
+        acks: what was taken in and not yet acknowledged.
+        pong: what the next PONG answers and how many bytes had come before that PING; None if nothing asked.
+    """
+
+    __slots__ = ("_mux", "acks", "pong")
+
+    def __init__(self, mux: Mux) -> None:
+        self._mux = mux
+        self.acks = Acks(mux.limits.ack_bytes, mux.limits.ack_delay)
+        self.pong: tuple[int, int] | None = None
+
+    def receive(self, view: memoryview, now: float) -> int:
+        """Takes in the whole frames of ``view``; returns how many bytes that were.
+
+        Raises:
+            ProtocolError, VersionError: the peer's offence, which ends the session.
+        """
+        mux, acks = self._mux, self.acks
+        unpack = HEADER.unpack_from
+        streams = mux.streams
+        max_frame = mux.limits.max_frame
+        pos, end = 0, len(view)
+        counted = 0
+        while end - pos >= HEADER_SIZE:
+            kind, flags, length, stream_id = unpack(view, pos)
+            body = pos + HEADER_SIZE
+            stop = body + length
+            if kind == 0 and flags < 3 and 0 < length <= max_frame and stream_id in streams:
+                # The short way, for what is nearly everything: sound DATA of a live stream.
+                if stop > end:
+                    break
+                self._data(streams[stream_id], flags, view[body:stop], length)
+            else:
+                check_header(kind, flags, length, stream_id, max_frame)
+                if not mux.hello_received and kind not in _BEFORE_HELLO:
+                    raise ProtocolError(f"a frame of type 0x{kind:02x} before HELLO")
+                if stop > end:
+                    break
+                frame = decode(kind, flags, stream_id, view[body:stop], max_frame)
+                if frame is not None:
+                    self._frame(frame, pos, now)
+            pos = stop
+            if not kind & UNSEQUENCED:
+                acks.seq += 1
+                counted += length + HEADER_SIZE
+            if mux.error is not None:
+                return end
+        if counted:
+            acks.taken(counted, now)
+            if acks.due:
+                mux.wake()
+            else:
+                mux.arm(acks.due_at)
+        return pos
+
+    def _data(self, stream: MuxStream, flags: int, payload: memoryview, length: int) -> None:
+        window = stream.receive_window
+        state = stream.receiving
+        if state is Receiving.OPEN:
+            window.receive(length)
+            if flags == 2:
+                # Before the sink: what it consumes may be due a grant, which should know.
+                window.blocked = True
+            if length:
+                stream.sink.data_received(payload)
+        elif state is Receiving.DISCARDING:
+            window.receive(length)
+            window.consume(length)
+        else:
+            stream.move_receiving(Event.DATA)
+        if flags == 1 and self._mux.error is None:
+            # The sink may have stopped the stream meanwhile; then it wants to hear no more.
+            wanted = stream.receiving is Receiving.OPEN
+            stream.move_receiving(Event.FIN)
+            window.end()
+            if wanted:
+                stream.sink.eof_received()
+            self._mux.settle(stream)
+
+    def _frame(self, frame: Frame, pos: int, now: float) -> None:
+        mux = self._mux
+        match frame:
+            case Ack(seq):
+                mux.acked(seq, now)
+            case Credit():
+                stream = self._stream_of(frame)
+                if stream is not None and stream.send_window.raise_limit(frame.max_offset):
+                    mux.activate(stream)
+            case Open():
+                self._open(frame, now)
+            case Accept():
+                self._accept(frame)
+            case Data(stream_id, payload, flags):
+                stream = self._stream_of(frame)
+                if stream is None:
+                    raise StreamStateError(f"DATA for stream {stream_id}, which is over")
+                self._data(stream, flags, memoryview(payload), len(payload))
+            case Reset():
+                self._reset(frame)
+            case Stop():
+                self._stop(frame)
+            case Refuse():
+                self._refuse(frame)
+            case Streams(max_opens):
+                if mux.admission.allow(max_opens) and mux.opens:
+                    mux.wake()
+            case Ping(opaque):
+                self.pong = (opaque, mux.bytes_received + pos)
+                mux.wake()
+            case Pong(opaque):
+                mux.pong(opaque, now)
+            case Priority(_, priority, weight):
+                if (stream := self._stream_of(frame)) is not None:
+                    stream.priority, stream.weight = priority, weight
+            case Goaway(_, code, grace_ms, text):
+                mux.goaway(code, grace_ms / 1000, text)
+            case Hello():
+                self._hello(frame)
+            case Close(code, text):
+                mux.end(session_error(code, text), None)
+            case Datagram(stream_id):
+                stream = self._stream_of(frame)
+                if (
+                    stream is not None
+                    and stream.receiving is Receiving.OPEN
+                    and stream.sending is not Sending.UNDECIDED
+                ):
+                    raise StreamStateError(f"DATAGRAM on stream {stream_id}, whose type has none")
+            case Resume() | Resumed():
+                raise ProtocolError(f"{type(frame).__name__.upper()} without having said so in HELLO")
+
+    def _stream_of(
+        self, frame: Accept | Credit | Data | Datagram | Priority | Refuse | Reset | Stop
+    ) -> MuxStream | None:
+        """The frame's stream, None if it is forgotten.
+
+        Raises:
+            ProtocolError: it was never opened.
+        """
+        stream = self._mux.streams.get(frame.stream)
+        if stream is None and not self._mux.admission.was_opened(frame.stream) and not isinstance(frame, Datagram):
+            raise ProtocolError(f"{type(frame).__name__.upper()} for stream {frame.stream}, which was never opened")
+        return stream
+
+    def _hello(self, frame: Hello) -> None:
+        if self._mux.hello_received:
+            raise ProtocolError("a second HELLO")
+        if not frame.vmin <= VERSION <= frame.vmax:
+            raise VersionError(
+                f"no version in common: this side speaks {VERSION}, the peer {frame.vmin} to {frame.vmax}"
+            )
+        self._mux.established_with(Settings.from_tlvs(frame.tlvs))
+
+    def _open(self, frame: Open, now: float) -> None:
+        mux = self._mux
+        mux.admission.take(frame.stream)
+        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, Receiving.OPEN, Sending.UNDECIDED)
+        stream.id = frame.stream
+        stream.send_window.limit = mux.peer.initial_window
+        mux.streams[frame.stream] = stream
+        raw = frame.tlvs.get(OpenTLV.DEADLINE)
+        if raw is not None and len(raw) != 4:
+            raise ProtocolError(f"an OPEN deadline of {len(raw)} bytes, not 4")
+        allowed = mux.limits.open_deadline if raw is None else min(MAX_DEADLINE, int.from_bytes(raw, "big") / 1000)
+        stream.deadline = now + allowed
+        unknown = _critical(frame.tlvs)
+        last_taken = mux.leaving.last_taken
+        if unknown is not None:
+            stream.released = True
+            stream.refuse(Code.UNSUPPORTED, f"OPEN with unknown critical parameter {unknown}")
+        elif last_taken is not None and frame.stream > last_taken:
+            stream.released = True
+            stream.refuse(Code.LIMIT, "this side is draining")
+        else:
+            mux.watch(stream, stream.deadline)
+            mux.handler.stream_opened(stream)
+
+    def _accept(self, frame: Accept) -> None:
+        stream = self._stream_of(frame)
+        if stream is None:
+            raise StreamStateError(f"ACCEPT for stream {frame.stream}, which is over")
+        wanted = stream.receiving is Receiving.AWAITING
+        stream.move_receiving(Event.ACCEPT)
+        if not wanted:
+            return
+        self._mux.unwatch(stream)
+        unknown = _critical(frame.tlvs)
+        if unknown is not None:
+            text = f"ACCEPT with unknown critical parameter {unknown}"
+            stream.break_off(stream_error(Code.UNSUPPORTED, text), Code.UNSUPPORTED)
+            return
+        stream.tlvs = frame.tlvs
+        stream.sink.accepted()
+
+    def _refuse(self, frame: Refuse) -> None:
+        stream = self._stream_of(frame)
+        if stream is None:
+            raise StreamStateError(f"REFUSE for stream {frame.stream}, which is over")
+        wanted = stream.wanted
+        stream.move_receiving(Event.REFUSE)
+        self._mux.unwatch(stream)
+        stream.receive_window.end()
+        if stream.sending in (Sending.OPEN, Sending.FINISHING):
+            stream.reset_code, stream.reset_text = int(Code.CANCELLED), ""
+            stream.drop_queue()
+            self._mux.want_control(stream)
+        stream.move_sending(Event.REFUSE)
+        stream.fail(stream_error(frame.code, frame.text, refused=True, retry_after=frame.retry_ms / 1000), wanted)
+        self._mux.settle(stream)
+
+    def _reset(self, frame: Reset) -> None:
+        stream = self._stream_of(frame)
+        if stream is None:
+            return
+        receiving, sending = stream.wanted
+        stream.move_receiving(Event.RESET)
+        window = stream.receive_window
+        if frame.final_offset > window.granted:
+            raise FlowControlError(f"RESET at offset {frame.final_offset}, beyond the credit of {window.granted}")
+        if frame.final_offset != window.received:
+            raise ProtocolError(f"RESET at offset {frame.final_offset}; {window.received} bytes came")
+        window.end()
+        window.drop()
+        undecided = stream.sending is Sending.UNDECIDED
+        if undecided:
+            stream.refuse(Code.CANCELLED)
+        stream.fail(stream_error(frame.code, frame.text), (receiving, sending and undecided))
+        self._mux.settle(stream)
+
+    def _stop(self, frame: Stop) -> None:
+        stream = self._stream_of(frame)
+        if stream is None:
+            return
+        if stream.stop_received or stream.receiving in (Receiving.AWAITING, Receiving.GIVEN_UP):
+            raise StreamStateError(f"a second STOP, or one before ACCEPT, for stream {frame.stream}")
+        stream.stop_received = True
+        receiving, sending = stream.wanted
+        error = stream_error(frame.code)
+        if stream.sending is Sending.UNDECIDED:
+            stream.refuse(Code.CANCELLED)
+            stream.fail(error, (receiving, True))
+            return
+        if stream.sending in (Sending.OPEN, Sending.FINISHING):
+            stream.reset_code, stream.reset_text = frame.code, ""
+            stream.drop_queue()
+            self._mux.want_control(stream)
+        stream.move_sending(Event.STOP)
+        stream.fail(error, (False, sending))
+
+
+def _critical(tlvs: Mapping[int, bytes]) -> int | None:
+    """The first parameter of an OPEN or ACCEPT that must be understood and is not."""
+    return next((tlv for tlv in tlvs if tlv & 1 and tlv != OpenTLV.HEADER), None)
+
+
+class _Unset:
+    """Stands in until the handler has set a sink, which it does at once; and for what is refused before."""
+
+    def accepted(self) -> None: ...
+    def data_received(self, data: memoryview, /) -> None: ...
+    def eof_received(self) -> None: ...
+    def writable(self) -> None: ...
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None: ...
+    def closed(self) -> None: ...
+
+
+_UNSET: Final = _Unset()
+_BEFORE_HELLO: Final = (int(FrameType.HELLO), int(FrameType.CLOSE))

@@ -1,0 +1,150 @@
+"""Whether the peer still lives: PING after silence, and when silence is death.
+
+Theory of operation. Any byte is life. After ``silence`` seconds without one a PING goes out; after
+``patience`` more the peer is dead. Two things keep an innocent peer alive. The verdict falls only
+when reads had another chance *after* the deadline, because this process may have been too busy to
+read. And if the timer itself came late (a paused virtual machine), the silence was ours: it starts again.
+
+A peer that talks and yet acknowledges nothing for STUCK seconds is as good as dead: without it,
+what waits for the cap on bytes in flight would wait for ever.
+
+The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from konnektor.errors import ProtocolError
+
+__all__ = ["Liveness"]
+
+PING_INTERVAL: Final = 2.0
+SILENCE: Final = 15.0
+DEAD_AFTER: Final = 10.0
+LATE_TIMER: Final = 1.0
+JUDGING: Final = 0.05
+"""Seconds the driver gets to read what may have come meanwhile."""
+STUCK: Final = 30.0
+
+
+class Liveness:
+    """The state of one connection.
+
+    Attributes:
+        heard_at: when bytes came last.
+        due: when ``check`` should be called.
+        ping_due: a PING is wanted; it waits while another is out.
+    """
+
+    __slots__ = (
+        "_established",
+        "_judging",
+        "_ping_count",
+        "_ping_sent_at",
+        "_pinged_at",
+        "_progress_at",
+        "_silence",
+        "due",
+        "heard_at",
+        "ping_due",
+    )
+
+    def __init__(self, now: float, hello_timeout: float) -> None:
+        self._established = False
+        self.heard_at = now
+        self._silence = hello_timeout
+        self._judging = False
+        self._ping_count = 0
+        self._ping_sent_at: float | None = None
+        self._pinged_at = -math.inf
+        self._progress_at = math.inf
+        self.ping_due = False
+        self.due = now + hello_timeout
+
+    # What came
+
+    def heard(self, now: float) -> None:
+        """Bytes came."""
+        self.heard_at = now
+        self._judging = False
+
+    def established(self, idle_timeout: float) -> None:
+        """The peer's HELLO came; ``idle_timeout`` is the shorter one of the two."""
+        self._established = True
+        self._silence = min(SILENCE, idle_timeout / 2)
+        self.due = self.heard_at + self._silence
+        self.ping_due = True
+
+    def pong(self, opaque: int, now: float) -> float:
+        """A PONG came; the round trip in seconds.
+
+        Raises:
+            ProtocolError: it answers no PING that is out.
+        """
+        if self._ping_sent_at is None or opaque != self._ping_count:
+            raise ProtocolError("a PONG that matches no PING")
+        rtt = now - self._ping_sent_at
+        self._ping_sent_at = None
+        return rtt
+
+    def acked(self, now: float, *, all_of_it: bool) -> None:
+        """An ACK came that advances."""
+        self._progress_at = math.inf if all_of_it else now
+
+    # What goes out
+
+    def sent(self, now: float) -> bool:
+        """Sequenced frames went out; whether a PING should follow them for its round trip."""
+        if self._progress_at == math.inf:
+            self._progress_at = now
+        return self._established and self._ping_sent_at is None and now - self._pinged_at >= PING_INTERVAL
+
+    @property
+    def ping_ready(self) -> bool:
+        """Whether a PING should go out now."""
+        return self.ping_due and self._ping_sent_at is None
+
+    def want_ping(self) -> int:
+        """Asks for a PING; returns what its PONG will repeat."""
+        self.ping_due = True
+        return self._ping_count + 1
+
+    def ping(self, now: float) -> int:
+        """What a PING says that is sent now."""
+        self.ping_due = False
+        self._ping_count += 1
+        self._ping_sent_at = self._pinged_at = now
+        return self._ping_count
+
+    # Time
+
+    def check(self, now: float, rtt: float) -> str | None:
+        """Judges at ``now``: why the peer is given up, or None. May ask for a PING, and moves ``due``."""
+        if not self._established:
+            # No excuse here: only HELLO itself helps, however many bytes of something else came.
+            return f"no HELLO within {self._silence:g} s"
+        silence = self._silence
+        patience = max(DEAD_AFTER, 4 * rtt)
+        if now - self.due > LATE_TIMER:
+            self.heard_at = now - silence
+            self._judging = False
+            self._progress_at = max(self._progress_at, now)
+        if now - self._progress_at >= STUCK and self.heard_at > self._progress_at:
+            return f"the peer has acknowledged nothing for {now - self._progress_at:.0f} s"
+        quiet = now - self.heard_at
+        if quiet < silence:
+            self.due = self.heard_at + silence
+        elif quiet < silence + patience:
+            if self._ping_sent_at is None:
+                self.ping_due = True
+            self.due = self.heard_at + silence + patience
+        elif not self._judging:
+            self._judging = True
+            self.due = now + JUDGING
+        else:
+            return f"the peer has been silent for {quiet:.0f} s"
+        if self._progress_at + STUCK > now:
+            self.due = min(self.due, self._progress_at + STUCK)
+        return None

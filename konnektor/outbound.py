@@ -1,0 +1,237 @@
+"""What goes on the wire next: control as it stands now, then OPENs, then data in the scheduler's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from konnektor.frames import (
+    HEADER_SIZE,
+    VERSION,
+    Accept,
+    Ack,
+    Buffer,
+    Credit,
+    Hello,
+    Open,
+    OpenTLV,
+    Ping,
+    Pong,
+    Priority,
+    Refuse,
+    Reset,
+    Stop,
+    Streams,
+    data_header,
+)
+from konnektor.mux_stream import MuxStream
+from konnektor.scheduler import FRESH
+from konnektor.states import Event, Receiving, Sending
+
+if TYPE_CHECKING:
+    from konnektor.mux import Mux
+
+__all__ = ["BATCH", "Outbound"]
+
+BATCH: Final = 64 * 1024
+"""Bytes of one ``data_to_send``: joined at once, written at once. Larger blocks cost more than the
+system calls they save, because the allocator returns them to the kernel each time."""
+
+PAYLOAD: Final = BATCH - HEADER_SIZE
+"""Largest DATA payload sent: with its header it fills four TLS records exactly."""
+
+FRESH_PAYLOAD: Final = 16 * 1024
+"""Largest DATA payload that may pass the cap on bytes in flight, for a stream that was idle."""
+
+MAX_GRACE: Final = 2**32 / 1000
+"""Seconds: as long as GOAWAY can say."""
+
+
+class Outbound:
+    """The sending side of one session.
+
+    Attributes:
+        streams_due: a STREAMS is worth sending.
+    """
+
+    __slots__ = ("_hello_sent", "_mux", "streams_due")
+
+    def __init__(self, mux: Mux) -> None:
+        self._mux = mux
+        self._hello_sent = False
+        self.streams_due = False
+
+    def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
+        """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
+        mux = self._mux
+        size = self.render_hello(parts)
+        if not mux.may_speak:
+            return False
+        flight = mux.flight
+        sent_before = flight.sent
+        size += self._session_control(parts, now)
+        # Beyond its quarter control waits for the next batch, so that no flood of it starves the data.
+        budget = size + (max_bytes >> 2)
+        control, opens = mux.control, mux.opens
+        while control and size < budget:
+            size += self._stream_control(control.popleft(), parts, now)
+        while opens and size < budget and mux.admission.may_open and mux.pool.reserve():
+            size += self._open(opens.popitem(last=False)[0], parts, now)
+        more = size >= budget
+        if size < max_bytes and mux.scheduler:
+            size = self._data(parts, size, max_bytes, now)
+            more = more or size >= max_bytes
+        if flight.sent != sent_before:
+            flight.on_batch(now, limited=not mux.scheduler)
+            if mux.liveness.sent(now):
+                parts.append(Ping(mux.liveness.ping(now)).encode())
+        return more
+
+    def render_hello(self, parts: list[Buffer]) -> int:
+        """HELLO, if it was not sent yet."""
+        if self._hello_sent:
+            return 0
+        self._hello_sent = True
+        nonce = self._mux.nonce
+        tlvs = self._mux.settings.to_tlvs()
+        # One reserved id, different each time, so that peers learn to skip what they do not know.
+        grease = (nonce[0] & 0xF0 | 0x0A) << 8 | nonce[1] & 0xF0 | 0x0A
+        tlvs[grease] = nonce[2 : 2 + nonce[2] % 8]
+        hello = Hello(VERSION, VERSION, nonce, tlvs).encode()
+        parts.append(hello)
+        return len(hello)
+
+    def _session_control(self, parts: list[Buffer], now: float) -> int:
+        """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
+        mux, inbound = self._mux, self._mux.inbound
+        before = len(parts)
+        if inbound.pong is not None:
+            parts.append(Pong(*inbound.pong).encode())
+            inbound.pong = None
+        if inbound.acks.due:
+            parts.append(Ack(inbound.acks.rendered()).encode())
+        if mux.liveness.ping_ready:
+            parts.append(Ping(mux.liveness.ping(now)).encode())
+        if self.streams_due:
+            self.streams_due = False
+            parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))
+        if mux.leaving.goaway_due:
+            parts.append(self._sequenced(mux.leaving.goaway(mux.admission.last_taken, now).encode()))
+            mux.leaving.sent(mux.flight.sent)
+            mux.arm(mux.leaving.due)
+        return sum(map(len, parts[before:]))
+
+    def _sequenced(self, frame: bytes) -> bytes:
+        self._mux.flight.on_sent(len(frame))
+        return frame
+
+    def _stream_control(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
+        """What one stream has to say besides data, as it is now. ACCEPT first: nothing may overtake it."""
+        stream.in_control = False
+        frames: list[bytes] = []
+        owed = False
+        if stream.accept_tlvs is not None:
+            frames.append(Accept(stream.id, stream.accept_tlvs).encode())
+            stream.accept_tlvs = None
+        if stream.sending is Sending.REFUSING:
+            frames.append(Refuse(stream.id, stream.reset_code, stream.retry_ms, stream.reset_text).encode())
+            stream.move_sending(Event.SENT_END)
+            owed = stream.receiving is not Receiving.ENDED
+        if stream.credit_due:
+            stream.credit_due = False
+            if stream.receiving is Receiving.OPEN:
+                offset = stream.receive_window.grant()
+                if offset is not None:
+                    frames.append(Credit(stream.id, offset).encode())
+        if stream.stop_due:
+            stream.stop_due = False
+            if stream.receiving is not Receiving.ENDED:
+                frames.append(Stop(stream.id, stream.stop_code).encode())
+                owed = True
+        if stream.sending is Sending.RESETTING:
+            offset = stream.send_window.sent
+            frames.append(Reset(stream.id, stream.reset_code, offset, stream.reset_text).encode())
+            stream.move_sending(Event.SENT_END)
+        if stream.priority_due:
+            stream.priority_due = False
+            if stream.receiving in (Receiving.OPEN, Receiving.AWAITING):
+                frames.append(Priority(stream.id, stream.priority, stream.weight).encode())
+        parts.extend(map(self._sequenced, frames))
+        if owed:
+            self._mux.owed.append((self._mux.flight.sent, stream))
+        if stream.queued or stream.sending is Sending.FINISHING:
+            # What was written before the ACCEPT went out.
+            self._mux.schedule(stream)
+        self._mux.settle(stream)
+        return sum(map(len, frames))
+
+    def _open(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
+        """OPEN: from here on the stream exists, and has its id."""
+        mux = self._mux
+        stream.id = mux.admission.open()
+        mux.streams[stream.id] = stream
+        left = max(1, int((stream.deadline - now) * 1000))
+        params = {**stream.tlvs, int(OpenTLV.DEADLINE): left.to_bytes(4, "big")}
+        stream.tlvs = {}
+        frame = self._sequenced(Open(stream.id, stream.priority, stream.name, params).encode())
+        parts.append(frame)
+        stream.move_sending(Event.SENT_OPEN)
+        if stream.finish_wanted:
+            stream.move_sending(Event.DO_FINISH)
+        mux.schedule(stream)
+        if stream.weight != 1:
+            stream.priority_due = True
+            mux.want_control(stream)
+        if mux.admission.exhausted:
+            mux.drain(MAX_GRACE, now, reason="out of stream ids")
+        return len(frame)
+
+    def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float) -> int:
+        mux = self._mux
+        scheduler, flight = mux.scheduler, mux.flight
+        cap = flight.cap(now)
+        frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
+        fresh_limit = min(frame_limit, FRESH_PAYLOAD)
+        interactive = False
+        while size < max_bytes:
+            over = flight.in_flight - cap
+            stream = scheduler.next(fresh_only=over >= 0) if over < cap else None
+            if stream is None:
+                break
+            assert isinstance(stream, MuxStream)
+            if scheduler.contended and stream.place == FRESH:
+                interactive = True
+            sending = stream.sending
+            if sending is not Sending.OPEN and sending is not Sending.FINISHING:
+                scheduler.finish(stream, 0, now)
+                continue
+            window = stream.send_window
+            pending = stream.queued
+            count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit)
+            left = pending - count
+            flags = 0
+            if not left:
+                flags = 1 if sending is Sending.FINISHING else 0
+            elif count == 0 or window.limit - window.sent - count < min(left, 1024):
+                flags = 2
+                window.blocked_at = window.limit
+            parts.append(data_header(0, flags, count, stream.id))
+            if count:
+                window.sent += count
+                stream.take(count, parts)
+            frame_size = count + HEADER_SIZE
+            size += frame_size
+            flight.on_sent(frame_size)
+            if flags == 1:
+                scheduler.finish(stream, frame_size, now)
+                stream.move_sending(Event.SENT_END)
+                mux.settle(stream)
+            elif left and not flags:
+                scheduler.charge(stream, frame_size, now)
+            else:
+                scheduler.finish(stream, frame_size, now)
+            if stream.room_wanted and stream.queued <= stream.low_water:
+                stream.room_wanted = False
+                stream.sink.writable()
+        if interactive:
+            flight.on_interactive(now)
+        return size

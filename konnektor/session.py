@@ -1,0 +1,582 @@
+"""Session: one connection with its multiplexer, its streams and its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final, Generic, Self, TypeVar
+
+import anyio
+import anyio.abc
+
+from konnektor.driver import Driver
+from konnektor.errors import (
+    Code,
+    HandshakeError,
+    LocalProtocolError,
+    PeerError,
+    SessionClosedError,
+    SessionError,
+    SessionLost,
+    StreamError,
+    describe,
+)
+from konnektor.limits import Limits
+from konnektor.mux import Mux, MuxStream, Role, Sink
+from konnektor.settings import Settings
+from konnektor.states import Sending
+from konnektor.stream import Inbox, Stream
+from konnektor.stream_types import StreamType, Tcp
+from konnektor.transport import StreamTransport
+
+__all__ = ["Handlers", "Session", "SessionStats", "StreamHandler", "StreamListener"]
+
+T = TypeVar("T", bound=StreamType)
+P = TypeVar("P", bound=asyncio.BaseProtocol)
+StreamHandler = Callable[[Stream, Any], Awaitable[None]]
+
+SOFTWARE: Final = f"konnektor/{version('konnektor-tunnel')}"
+INSTANCE: Final = os.urandom(16)
+"""Tells the peer whether a second connection of our name comes from this process."""
+
+logger: Final = logging.getLogger("konnektor.session")
+_numbers = itertools.count(1)
+
+
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    """Puts the session in front of each line."""
+
+    def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
+        return f"[{(self.extra or {})['session']}] {msg}", kwargs
+
+
+class Handlers:
+    """Which stream types a side takes, and what serves them.
+
+    A peer's OPEN of any other type is refused with UNSUPPORTED: nothing is open by default.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, tuple[type[StreamType], StreamHandler]] = {}
+
+    def add(self, request: type[T], handler: Callable[[Stream, T], Awaitable[None]]) -> None:
+        """Serves streams of a type.
+
+        The handler gets the stream and the request, and must ``accept`` or ``reject``. It runs in a task of
+        the session's, cancelled when the opener gives up before an answer, or the session ends.
+
+        Raises:
+            ConfigurationError: the type's name is not one.
+            LocalProtocolError: the type has a handler.
+        """
+        request.check()
+        if request.name in self._handlers:
+            raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
+        self._handlers[request.name] = (request, handler)
+
+    def remove(self, request: type[StreamType]) -> None:
+        """Serves the type no more."""
+        self._handlers.pop(request.name, None)
+
+    def get(self, name: str) -> tuple[type[StreamType], StreamHandler] | None:
+        """The type and handler of that name."""
+        return self._handlers.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """A session's counters at one moment. Sizes are bytes, times seconds.
+
+    Attributes:
+        streams: open now.
+        bytes_sent, bytes_received: of frames, below TLS.
+        rtt: smoothed round trip; 0 before it was measured.
+        in_flight: sent and not acknowledged.
+        granted: what peers may still send, or have sent unread, beyond each stream's first window.
+        pool_free: of the receive pool, neither reserved nor granted.
+    """
+
+    streams: int
+    bytes_sent: int
+    bytes_received: int
+    rtt: float
+    in_flight: int
+    granted: int
+    pool_free: int
+
+
+class Session:
+    """One session with a peer. Either side opens streams.
+
+    Made by ``Worker`` and ``ControlPlane``, by ``Session.client`` and ``Session.server`` on a socket of your own, or
+    by ``testing.memory_session_pair``. An async context manager: leaving it closes the session.
+
+    Attributes:
+        number: counts this process's sessions, for logs.
+        limits: as given.
+        peer_name: who the peer is, by its certificate; empty without one.
+        remote_address: as the socket says.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        limits: Limits | None = None,
+        handlers: Handlers | None = None,
+        settings: Settings | None = None,
+        check_peer: Callable[[Session], None] | None = None,
+        check_hello: Callable[[Session], None] | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.number = next(_numbers)
+        self.limits = limits or Limits()
+        self.handlers = handlers if handlers is not None else Handlers()
+        self.peer_name = ""
+        self.remote_address: Any = None
+        self.peer_settings: Settings | None = None
+        self._role: Role = role
+        self._check_peer = check_peer
+        self._check_hello = check_hello
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pings: dict[int, list[asyncio.Future[float]]] = {}
+        self._hello: asyncio.Future[None] = loop.create_future()
+        self._closed: asyncio.Future[None] = loop.create_future()
+        self._lost_reason: Exception | None = None
+        self.on_goaway: Callable[[Session], None] | None = None
+        self.on_closed: Callable[[Session], None] | None = None
+        self.log = _Log(logger, {"session": self.number})
+        self._driver = Driver(self._connected, self._connection_lost)
+        # Straight to the driver: called once or twice in every turn of the loop.
+        self.output_pending = self._driver.output_pending
+        self.deadline_moved = self._driver.deadline_moved
+        self._mux = Mux(
+            role,
+            self,
+            self.limits,
+            settings or Settings.of(self.limits, software=SOFTWARE, instance=INSTANCE),
+            nonce=os.urandom(32),
+            now=loop.time(),
+        )
+        self._driver.mux = self._mux
+
+    def __repr__(self) -> str:
+        state = "closed" if self._mux.error else "draining" if self._mux.draining else "up"
+        return f"<Session {self.number} with {self.peer_name or self.remote_address} {state}>"
+
+    # Making one
+
+    @classmethod
+    async def client(
+        cls,
+        sock: socket.socket,
+        *,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A session over a connected socket of yours, as the side that dialed.
+
+        Without ``tls`` nothing is encrypted or authenticated: for tests, or inside something that is.
+
+        Args:
+            sock: connected; it belongs to the session from now on, whatever happens.
+            tls: as ``TLSFiles.client_context`` makes it.
+            server_name: what the server's certificate must name; needed with ``tls``.
+            kwargs: ``limits``, ``handlers``, ``settings``.
+
+        Raises:
+            HandshakeError: no session came of it.
+        """
+        self = cls("client", **kwargs)
+        await self._start(sock, tls, server_name)
+        return self
+
+    @classmethod
+    async def server(cls, sock: socket.socket, *, tls: ssl.SSLContext | None = None, **kwargs: Any) -> Self:
+        """As ``client``, as the side that accepted."""
+        self = cls("server", **kwargs)
+        await self._start(sock, tls, None)
+        return self
+
+    async def _start(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        tls_args: dict[str, Any] = {}
+        if tls is not None:
+            tls_args = {
+                "ssl": tls,
+                "ssl_handshake_timeout": self.limits.hello_timeout,
+                "ssl_shutdown_timeout": 5.0,
+            }
+        try:
+            if self._role == "client":
+                if tls is not None:
+                    tls_args["server_hostname"] = server_name
+                await loop.create_connection(lambda: self._driver, sock=sock, **tls_args)
+            else:
+                await loop.connect_accepted_socket(lambda: self._driver, sock, **tls_args)
+        except BaseException as error:
+            sock.close()
+            self.abort()
+            if isinstance(error, OSError):
+                raise HandshakeError(str(error)) from error
+            raise
+        await self.wait_established()
+
+    def protocol(self) -> Driver:
+        """The asyncio protocol of the session, for a server's protocol factory."""
+        return self._driver
+
+    async def wait_established(self) -> None:
+        """Waits for the peer's HELLO. Cancelled, it drops the connection.
+
+        Raises:
+            HandshakeError: the session ended first; its ``__cause__`` says why.
+        """
+        try:
+            await asyncio.shield(self._hello)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        if self._mux.error is not None:
+            cause = self._lost_reason or self._mux.error
+            raise HandshakeError(str(self._mux.error)) from cause
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # Streams
+
+    async def open(
+        self,
+        request: StreamType,
+        *,
+        early: bool = False,
+        deadline: float | None = None,
+        priority: int | None = None,
+    ) -> Stream:
+        """Opens a stream, and waits until the peer accepts it. Cancelling withdraws the request.
+
+        Args:
+            early: return at once; data may be sent before the peer's answer, and a refusal breaks the stream.
+            deadline: seconds that the peer may take, ``Limits.open_deadline`` by default.
+            priority: class 0 interactive, 1 default, 2 bulk; the type's own by default.
+
+        Raises:
+            StreamError: the peer refused; one class per reason.
+            SessionClosedError: the session is over or draining.
+            SessionLost: the session ended while waiting.
+        """
+        inbox = Inbox()
+        mux_stream = self.open_sink(request, inbox, deadline=deadline, priority=priority)
+        stream = Stream(self, mux_stream, inbox, request)
+        if not early:
+            try:
+                await stream.opened()
+            except BaseException:
+                stream.reset()
+                raise
+        return stream
+
+    async def open_tcp(self, host: str, port: int, **kwargs: Any) -> Stream:
+        """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``."""
+        return await self.open(Tcp(host, port), **kwargs)
+
+    def open_sink(
+        self, request: StreamType, sink: Sink, *, deadline: float | None = None, priority: int | None = None
+    ) -> MuxStream:
+        """Opens a stream whose events go to a sink of yours, without waiting; for relays like ``Splice``."""
+        return self._mux.open(
+            request.name,
+            request.encode(),
+            sink,
+            now=asyncio.get_running_loop().time(),
+            priority=request.priority if priority is None else priority,
+            deadline=deadline,
+        )
+
+    async def create_connection(
+        self, protocol_factory: Callable[[], P], host: str, port: int, **kwargs: Any
+    ) -> tuple[asyncio.Transport, P]:
+        """As ``loop.create_connection``, to ``host:port`` from the peer; arguments and errors as ``open``."""
+        stream = await self.open_tcp(host, port, **kwargs)
+        protocol = protocol_factory()
+        return StreamTransport(stream, protocol), protocol
+
+    def listen(self, request: type[T]) -> StreamListener[T]:
+        """Serves streams of a type by an anyio ``Listener`` rather than a handler: ``serve(f)`` runs ``f(stream)``.
+
+        Raises:
+            LocalProtocolError: the type has a handler already.
+        """
+        return StreamListener(self, request)
+
+    # Asking
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended."""
+        return self._mux.error is not None
+
+    @property
+    def draining(self) -> bool:
+        """Whether either side is going away: no new streams."""
+        return self._mux.draining
+
+    @property
+    def error(self) -> SessionError | None:
+        """Why the session ended; None while it lives."""
+        return self._mux.error
+
+    @property
+    def stream_count(self) -> int:
+        """Streams open now."""
+        return len(self._mux.streams)
+
+    def silent_for(self, now: float) -> float:
+        """Seconds since the peer was last heard."""
+        return now - self._mux.received_at
+
+    def stats(self) -> SessionStats:
+        """Counters as they are now."""
+        mux = self._mux
+        return SessionStats(
+            streams=len(mux.streams),
+            bytes_sent=mux.bytes_sent,
+            bytes_received=mux.bytes_received,
+            rtt=mux.flight.rtt,
+            in_flight=mux.flight.in_flight,
+            granted=mux.pool.extra,
+            pool_free=mux.pool.free,
+        )
+
+    async def ping(self) -> float:
+        """Round-trip time in seconds, of a PING sent now. Cancelling is safe.
+
+        Raises:
+            SessionError: the session ended first.
+            SessionClosedError: it had ended before.
+        """
+        if self.closed:
+            raise SessionClosedError("the session is closed")
+        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._pings.setdefault(self._mux.ping(), []).append(future)
+        return await future
+
+    # Ending
+
+    async def drain(self, grace: float) -> None:
+        """GOAWAY: no new streams; open ones have ``grace`` seconds. Returns when the session is closed.
+
+        Cancelled, the drain goes on by itself.
+        """
+        self.start_drain(grace)
+        await self.wait_closed()
+
+    def start_drain(self, grace: float, reason: str = "") -> None:
+        """As ``drain``, without waiting."""
+        self._mux.drain(grace, asyncio.get_running_loop().time(), reason=reason)
+
+    def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        """Ends the session now, without waiting: every stream breaks with SessionLost, CLOSE says why."""
+        self._mux.close(code, reason)
+
+    def abort(self) -> None:
+        """Drops the connection without a word."""
+        self._mux.connection_lost("dropped by this side")
+        self._driver.abort()
+
+    async def aclose(self) -> None:
+        """Ends the session now and waits until connection and tasks are gone. Cancelled, it drops the connection."""
+        self.close()
+        try:
+            await self.wait_closed()
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
+    async def wait_closed(self) -> None:
+        """Waits until the session has ended, its connection is closed and its tasks are done."""
+        await asyncio.shield(self._closed)
+        current = asyncio.current_task()
+        while others := [task for task in self._tasks if task is not current]:
+            await asyncio.wait(others)
+
+    # What the driver says
+
+    def _connected(self, transport: asyncio.Transport) -> None:
+        self.remote_address = transport.get_extra_info("peername")
+        self.ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if self._check_peer is not None:
+            self._check_peer(self)
+        self._mux.start()
+
+    def _connection_lost(self, exc: Exception | None) -> None:
+        self._lost_reason = self._lost_reason or exc
+        if self._mux.error is None:
+            established = self.peer_settings is not None
+            self._mux.connection_lost(
+                f"connection lost: {exc}" if exc is not None
+                else "connection closed by the peer without a word" if established
+                else "connection closed by the peer before its HELLO"
+            )  # fmt: skip
+        if not self._closed.done():
+            self._closed.set_result(None)
+            if self.on_closed is not None:
+                self.on_closed(self)
+
+    # What the multiplexer says (mux.Handler)
+
+    def hello_received(self, settings: Settings) -> None:
+        """The session is up."""
+        self.peer_settings = settings
+        if self._check_hello is not None:
+            self._check_hello(self)
+        if not self._hello.done():
+            self._hello.set_result(None)
+
+    def stream_opened(self, mux_stream: MuxStream) -> None:
+        """Starts the type's handler, or refuses."""
+        entry = self.handlers.get(mux_stream.name)
+        if entry is None:
+            mux_stream.refuse(Code.UNSUPPORTED, "no such stream type here")
+            mux_stream.release()
+            return
+        request_type, handler = entry
+        try:
+            request = request_type.decode(mux_stream.header)
+        except ValueError as error:
+            self.log.warning("refused a %s stream: %s", mux_stream.name, error)
+            mux_stream.refuse(Code.UNSUPPORTED, "malformed header")
+            mux_stream.release()
+            return
+        inbox = Inbox()
+        mux_stream.sink = inbox
+        stream = Stream(self, mux_stream, inbox, request)
+        task = self.spawn(self._serve(stream, mux_stream, handler))
+        inbox.on_cancel = task.cancel
+
+    def pong_received(self, opaque: int, rtt: float) -> None:
+        """Wakes the callers of ``ping``."""
+        for future in self._pings.pop(opaque, ()):
+            if not future.done():
+                future.set_result(rtt)
+
+    def goaway_received(self, code: int, grace: float, reason: str) -> None:
+        """The peer drains."""
+        self.log.info("the peer drains within %.0f s: %s", grace, reason or describe(code))
+        if self.on_goaway is not None:
+            self.on_goaway(self)
+
+    def session_closed(self, error: SessionError) -> None:
+        """Everything ends; what is left to write is written."""
+        if not self._hello.done():
+            self._hello.set_result(None)
+        for futures in self._pings.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(SessionLost(str(error), error.code))
+        self._pings.clear()
+        for task in self._tasks:
+            task.cancel()
+        if self._driver.transport is None:
+            if not self._closed.done():
+                self._closed.set_result(None)
+        else:
+            self._driver.close()
+
+    # Tasks
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs a coroutine as a task of the session's: cancelled when the session ends."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _serve(self, stream: Stream, mux_stream: MuxStream, handler: StreamHandler) -> None:
+        """Runs a handler and sees to it that its stream gets an answer and an end."""
+        code: int = Code.INTERNAL
+        failed = True
+        try:
+            await handler(stream, stream.request)
+            failed = False
+        except asyncio.CancelledError:
+            code = Code.CANCELLED
+            raise
+        except PeerError as error:
+            code = error.code if isinstance(error, StreamError) else Code.CANCELLED
+            self.log.info("%s stream %d: %s", mux_stream.name, stream.id, error)
+        except Exception:
+            self.log.exception("the handler of a %s stream failed", mux_stream.name)
+        finally:
+            if not stream.detached:
+                if mux_stream.sending is Sending.UNDECIDED and not failed:
+                    self.log.error("the handler of a %s stream neither accepted nor rejected it", mux_stream.name)
+                    failed = True
+                if failed:
+                    stream.reset(code, describe(code))
+                else:
+                    stream.close()
+                mux_stream.release()
+
+
+class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
+    """An anyio listener for the streams of one type; made by ``Session.listen``.
+
+    Every stream is accepted; where that is to be decided, use a handler.
+    """
+
+    def __init__(self, session: Session, request: type[T]) -> None:
+        self._session = session
+        self._request = request
+        self._put, self._get = anyio.create_memory_object_stream[tuple[Stream, anyio.Event]]()
+        session.handlers.add(request, self._take)
+
+    async def _take(self, stream: Stream, _request: T) -> None:
+        done = anyio.Event()
+        try:
+            await self._put.send((stream, done))
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+            await stream.reject(Code.UNSUPPORTED, "no longer served")
+        else:
+            await done.wait()
+
+    async def serve(
+        self, handler: Callable[[Stream], Any], task_group: anyio.abc.TaskGroup | None = None
+    ) -> None:
+        """Accepts every stream of the type and runs ``handler(stream)`` for it, until ``aclose`` or cancelled.
+
+        Args:
+            task_group: runs the handlers; one of its own if None.
+        """
+
+        async def run(stream: Stream, done: anyio.Event) -> None:
+            try:
+                await stream.accept()
+                await handler(stream)
+            finally:
+                done.set()
+
+        async with AsyncExitStack() as stack:
+            group = task_group or await stack.enter_async_context(anyio.create_task_group())
+            async for stream, done in self._get:
+                group.start_soon(run, stream, done)
+
+    async def aclose(self) -> None:
+        """Serves the type no more; streams that are open go on."""
+        self._session.handlers.remove(self._request)
+        self._put.close()
+        self._get.close()

@@ -1,0 +1,273 @@
+"""Relay between a stream and a TCP or Unix socket by callbacks alone.
+
+No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and
+reads go into a buffer that all connections of the thread share. Backpressure works both ways: the socket is
+not read while the stream's queue is full, and the peer gets no credit while the socket does not
+take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
+side. A reset on either side becomes a reset on the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, cast
+
+from konnektor.errors import Code, PeerError
+from konnektor.mux import PAYLOAD, MuxStream
+from konnektor.scratch import scratch
+from konnektor.states import Receiving, Sending
+from konnektor.stream import Inbox, Stream
+
+__all__ = ["Splice", "splice"]
+
+QUEUE_HIGH: Final = 4 * PAYLOAD
+"""Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
+QUEUE_LOW: Final = 2 * PAYLOAD
+_RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+class Splice:
+    """The stream's sink, joined to a socket's protocol (``local``).
+
+    Args:
+        code: what the peer is told when the socket breaks.
+        on_closed: called once, when both sides are done.
+
+    Attributes:
+        local: the protocol for the socket's transport.
+        on_connected: called when ``local`` gets its transport; it should ``attach`` a stream.
+        transport: the socket's transport, None before and after.
+    """
+
+    __slots__ = ("_code", "_done", "_held", "_paused", "_stream", "local", "on_closed", "on_connected", "transport")
+
+    def __init__(
+        self, *, code: int = Code.TARGET_RESET, on_closed: Callable[[], object] | None = None
+    ) -> None:
+        self._code = code
+        self.on_closed = on_closed
+        self.on_connected: Callable[[asyncio.Transport], object] | None = None
+        self._stream: MuxStream | None = None
+        self.transport: asyncio.Transport | None = None
+        self._paused = False
+        self._held = 0
+        self._done = False
+        self.local = _Local(self)
+
+    # The stream's side
+
+    def attach(self, stream: MuxStream) -> None:
+        """Takes the stream over, with what it received before."""
+        inbox = stream.sink
+        self._stream = stream
+        stream.sink = self
+        if isinstance(inbox, Inbox):
+            chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
+            for chunk in chunks:
+                self.data_received(memoryview(chunk))
+            if inbox.receive_error is not None or inbox.send_error is not None:
+                error = inbox.receive_error or inbox.send_error
+                assert error is not None
+                self.failed(
+                    error, receiving=inbox.receive_error is not None, sending=inbox.send_error is not None
+                )
+            elif inbox.eof:
+                self.eof_received()
+            if inbox.forgotten:
+                self.closed()
+
+    def accepted(self) -> None:
+        """Nothing to do: data has been flowing since the OPEN."""
+
+    def data_received(self, data: memoryview, /) -> None:
+        transport, stream = self.transport, self._stream
+        assert stream is not None
+        size = len(data)
+        if transport is None or transport.is_closing():
+            stream.consumed(size)
+            return
+        transport.write(bytes(data))
+        if self._paused:
+            self._held += size
+        else:
+            stream.consumed(size)
+
+    def eof_received(self) -> None:
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        stream = self._stream
+        assert stream is not None
+        if stream.sending is Sending.OPEN:
+            with contextlib.suppress(OSError):
+                transport.write_eof()
+        else:
+            self._close()
+
+    def writable(self) -> None:
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.resume_reading()
+
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
+        stream = self._stream
+        assert stream is not None
+        if receiving:
+            # The other end broke off: whoever is at this end must not take it for a clean end.
+            self.break_off()
+        elif sending and self.transport is not None and not self.transport.is_closing():
+            with contextlib.suppress(RuntimeError):
+                self.transport.pause_reading()
+
+    def closed(self) -> None:
+        self._close()
+
+    # The socket's side
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        """The socket is there."""
+        self.transport = transport
+        if self.on_connected is not None:
+            on_connected, self.on_connected = self.on_connected, None
+            on_connected(transport)
+
+    def local_data(self, data: bytes) -> None:
+        """The socket delivered."""
+        stream = self._stream
+        assert stream is not None
+        if stream.sending is not Sending.OPEN and stream.sending is not Sending.UNSENT:
+            return
+        stream.write(data)
+        if stream.queued >= QUEUE_HIGH and self.transport is not None:
+            self.transport.pause_reading()
+            stream.want_room(QUEUE_LOW)
+
+    def local_eof(self) -> bool:
+        """The socket will deliver no more; it may still take."""
+        stream = self._stream
+        if stream is None or stream.forgotten:
+            return False
+        stream.finish()
+        # FIN has come already: nothing more to take either. The transport closes after its buffer.
+        return stream.receiving is not Receiving.ENDED
+
+    def local_paused(self, paused: bool) -> None:
+        """The socket's buffer is full, or has room again."""
+        self._paused = paused
+        if not paused and self._held and self._stream is not None:
+            held, self._held = self._held, 0
+            self._stream.consumed(held)
+
+    def local_lost(self, exc: Exception | None) -> None:
+        """The socket is gone."""
+        self.transport = None
+        stream = self._stream
+        if stream is not None and not stream.forgotten:
+            if exc is None and stream.sending in (Sending.FINISHING, Sending.ENDED):
+                stream.stop(self._code)
+            else:
+                stream.cancel(self._code)
+        self._paused = False
+        if self._held and stream is not None:
+            held, self._held = self._held, 0
+            stream.consumed(held)
+        self._finish()
+
+    # The end
+
+    def _close(self) -> None:
+        if self.transport is not None:
+            if not self.transport.is_closing():
+                self.transport.close()
+        else:
+            self._finish()
+
+    def break_off(self) -> None:
+        """Ends the socket with a RST and the stream with RESET."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            sock = transport.get_extra_info("socket")
+            if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+            transport.abort()
+
+    def _finish(self) -> None:
+        if self._done:
+            return
+        self._done = True
+        if self._stream is not None:
+            self._stream.release()
+        if self.on_closed is not None:
+            self.on_closed()
+
+
+class _Local(asyncio.BufferedProtocol):
+    """The socket's protocol; apart from the sink because both have an ``eof_received``."""
+
+    __slots__ = ("_splice",)
+
+    def __init__(self, owner: Splice) -> None:
+        self._splice = owner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports do not derive from asyncio's.
+        self._splice.connected(cast("asyncio.Transport", transport))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return scratch().view[:PAYLOAD]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._splice.local_data(bytes(scratch().view[:nbytes]))
+
+    def eof_received(self) -> bool:
+        return self._splice.local_eof()
+
+    def pause_writing(self) -> None:
+        self._splice.local_paused(True)
+
+    def resume_writing(self) -> None:
+        self._splice.local_paused(False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._splice.local_lost(exc)
+
+
+async def splice(
+    stream: Stream,
+    sock: socket.socket,
+    *,
+    code: int = Code.TARGET_RESET,
+    on_closed: Callable[[], object] | None = None,
+) -> None:
+    """Joins a stream to a connected, non-blocking socket, and returns; they look after themselves from then on.
+
+    A peer's stream that was not accepted yet is accepted. The socket and the stream belong to the splice.
+    Cancelling is safe: the socket is closed then, and the stream is as it was or, once joined, reset.
+
+    Args:
+        code: what the peer is told when the socket breaks.
+        on_closed: called once, when both are closed.
+    """
+    joint = Splice(code=code, on_closed=on_closed)
+
+    def join(transport: asyncio.Transport) -> None:
+        # In connection_made: before the socket's first byte, and with nothing awaited in between.
+        undecided = not stream.decided
+        if undecided:
+            stream.accept_now()
+        joint.attach(stream.detach())
+
+    joint.on_connected = join
+    try:
+        await asyncio.get_running_loop().create_connection(lambda: joint.local, sock=sock)
+    except BaseException:
+        if joint.transport is None:
+            sock.close()
+        else:
+            joint.break_off()
+        raise

@@ -1,0 +1,419 @@
+"""Stream: one stream of a session as an anyio byte stream."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.abc
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from konnektor.errors import Code, LocalProtocolError, PeerError, SessionLost, StreamClosedError
+from konnektor.mux import MuxStream
+from konnektor.states import Receiving, Sending
+from konnektor.stream_types import StreamType
+
+if TYPE_CHECKING:
+    from konnektor.session import Session
+
+__all__ = ["Inbox", "Stream", "StreamAttribute"]
+
+SMALL: Final = 1024
+"""Payloads below this are joined: a one-byte ``bytes`` object takes 34 bytes and a place in a queue."""
+JOINED: Final = 16 * 1024
+
+
+class StreamAttribute(anyio.TypedAttributeSet):
+    """Typed attributes of a stream (``stream.extra(StreamAttribute.peer)``)."""
+
+    session: Session = anyio.typed_attribute()
+    request: StreamType = anyio.typed_attribute()
+    peer: str = anyio.typed_attribute()
+    stream_id: int = anyio.typed_attribute()
+
+
+class Inbox:
+    """The sink behind a Stream: keeps what came until it is read, and who waits for what."""
+
+    __slots__ = ("chunks", "eof", "forgotten", "mux", "on_cancel", "opened", "reader", "receive_error", "send_error", "writer")
+
+    def __init__(self) -> None:
+        self.mux: MuxStream | None = None
+        self.chunks: deque[bytes | bytearray] = deque()
+        self.eof = False
+        self.forgotten = False
+        self.receive_error: PeerError | None = None
+        self.send_error: PeerError | None = None
+        self.opened: asyncio.Future[None] | None = None
+        self.reader: asyncio.Future[None] | None = None
+        self.writer: asyncio.Future[None] | None = None
+        self.on_cancel: Callable[[], object] | None = None
+
+    @staticmethod
+    def _wake(waiter: asyncio.Future[None] | None) -> None:
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def accepted(self) -> None:
+        self._wake(self.opened)
+
+    def data_received(self, data: memoryview, /) -> None:
+        chunks = self.chunks
+        if len(data) < SMALL:
+            last = chunks[-1] if chunks else None
+            if isinstance(last, bytearray) and len(last) < JOINED:
+                last += data
+            else:
+                chunks.append(bytearray(data))
+        else:
+            chunks.append(bytes(data))
+        self._wake(self.reader)
+
+    def eof_received(self) -> None:
+        self.eof = True
+        self._wake(self.reader)
+
+    def writable(self) -> None:
+        self._wake(self.writer)
+
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
+        if receiving:
+            self.receive_error = self.receive_error or error
+            if not isinstance(error, SessionLost):
+                self.chunks.clear()
+        if sending:
+            self.send_error = self.send_error or error
+        for waiter in (self.opened, self.reader, self.writer):
+            self._wake(waiter)
+        if receiving and sending and self.on_cancel is not None:
+            self.on_cancel()
+
+    def closed(self) -> None:
+        self.forgotten = True
+
+
+class _Leftover:
+    """The sink of a stream that was closed before the peer answered: wants nothing but to be stopped then."""
+
+    __slots__ = ("_mux",)
+
+    def __init__(self, mux_stream: MuxStream) -> None:
+        self._mux = mux_stream
+
+    def accepted(self) -> None:
+        self._mux.stop()
+
+    def data_received(self, data: memoryview, /) -> None: ...
+    def eof_received(self) -> None: ...
+    def writable(self) -> None: ...
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None: ...
+    def closed(self) -> None: ...
+
+
+class Stream(anyio.abc.ByteStream):
+    """A two-way stream of bytes with half-close, made by ``Session.open`` or given to a handler.
+
+    One task may receive and one may send at a time; a second gets ``anyio.BusyResourceError``. What breaks a
+    stream raises a ``PeerError`` (an ``anyio.BrokenResourceError`` and ``ConnectionError``); use after close a
+    ``StreamClosedError``. Leaving ``async with`` by an exception resets the stream, so the peer
+    never takes a broken-off transfer for a whole one.
+
+    Attributes:
+        session: the session it belongs to.
+        request: the stream type's struct, as opened.
+    """
+
+    def __init__(self, session: Session, mux_stream: MuxStream, inbox: Inbox, request: StreamType) -> None:
+        self.session = session
+        self.request = request
+        self._mux = mux_stream
+        self._inbox = inbox
+        inbox.mux = mux_stream
+        self._queue_limit = session.limits.send_queue
+        self._closed = False
+        self._detached = False
+        self._sending = False
+
+    def __repr__(self) -> str:
+        return f"<Stream {self._mux.id} {self._mux.name} of {self.session!r}>"
+
+    @property
+    def id(self) -> int:
+        """Number on the wire; 0 while the OPEN waits."""
+        return self._mux.id
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return {
+            StreamAttribute.session: lambda: self.session,
+            StreamAttribute.request: lambda: self.request,
+            StreamAttribute.peer: lambda: self.session.peer_name,
+            StreamAttribute.stream_id: lambda: self._mux.id,
+        }
+
+    # Opening
+
+    @property
+    def header(self) -> bytes:
+        """What the peer's OPEN (in a handler) or ACCEPT (at the opener) carried for the stream type."""
+        return self._mux.header
+
+    @property
+    def decided(self) -> bool:
+        """Whether ``accept`` or ``reject`` has been called (or needs not be: we opened it)."""
+        return self._mux.sending is not Sending.UNDECIDED
+
+    @property
+    def deadline(self) -> float:
+        """When, by the loop's clock, the peer stops waiting for ``accept``."""
+        return self._mux.deadline
+
+    async def accept(self, header: bytes = b"") -> None:
+        """Tells the peer that the target is reached. Cancelling is safe: nothing was sent then.
+
+        Raises:
+            PeerError: the peer gave up meanwhile.
+            LocalProtocolError: called twice, or on a stream that this side opened.
+        """
+        await checkpoint_if_cancelled()
+        self.accept_now(header)
+
+    def accept_now(self, header: bytes = b"") -> None:
+        """``accept`` for callers that are not coroutines."""
+        self._raise_if(self._inbox.send_error)
+        self._mux.accept(header)
+
+    async def reject(self, code: int = Code.DENIED, text: str = "") -> None:
+        """Refuses the peer's stream. The text goes into the peer's log. Cancelling is safe."""
+        await checkpoint_if_cancelled()
+        self._closed = True
+        if not self._inbox.forgotten:
+            self._mux.refuse(code, text)
+        self._inbox.chunks.clear()
+
+    async def opened(self) -> None:
+        """Waits for the peer's answer to an OPEN (after ``open(early=True)``). Cancelling is safe.
+
+        Raises:
+            StreamError: the peer refused.
+            SessionLost: the session ended.
+        """
+        inbox = self._inbox
+        if inbox.opened is not None:
+            raise anyio.BusyResourceError("waiting for")
+        while self._mux.receiving is Receiving.AWAITING and inbox.receive_error is None:
+            inbox.opened = asyncio.get_running_loop().create_future()
+            try:
+                await inbox.opened
+            finally:
+                inbox.opened = None
+        self._raise_if(inbox.receive_error if inbox.send_error is not None else None)
+
+    # Receiving
+
+    async def receive(self, max_bytes: int = 65_536) -> bytes:
+        """At least one byte, at most ``max_bytes``. Cancelling loses nothing.
+
+        Raises:
+            anyio.EndOfStream: the peer finished, and everything was read.
+            PeerError: the stream broke; what was unread is gone.
+            StreamClosedError: closed here.
+            anyio.BusyResourceError: another task is receiving.
+        """
+        inbox = self._inbox
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be at least 1")
+        if inbox.reader is not None:
+            raise anyio.BusyResourceError("receiving from")
+        await checkpoint_if_cancelled()
+        while not inbox.chunks:
+            if self._closed:
+                raise StreamClosedError("the stream was closed here")
+            self._raise_if(inbox.receive_error)
+            if inbox.eof:
+                raise anyio.EndOfStream
+            if not self.decided:
+                raise LocalProtocolError("accept the stream before receiving from it")
+            inbox.reader = asyncio.get_running_loop().create_future()
+            try:
+                await inbox.reader
+            finally:
+                inbox.reader = None
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
+        if not self.decided:
+            raise LocalProtocolError("accept the stream before receiving from it")
+        # From here on nothing awaits: what is taken is returned.
+        chunks = inbox.chunks
+        chunk = chunks.popleft()
+        if len(chunk) > max_bytes:
+            chunks.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
+        data = bytes(chunk)
+        self._mux.consumed(len(data))
+        return data
+
+    # Sending
+
+    async def send(self, item: bytes) -> None:
+        """Returns when the last byte is in the stream's queue (64 KiB), not when the peer has it.
+
+        Cancelled while waiting for room, it has queued a part of ``item``: reset the stream then.
+
+        Raises:
+            PeerError: the stream broke, or the peer asked to stop.
+            StreamClosedError: ``send_eof`` or ``aclose`` was called.
+            anyio.BusyResourceError: another task is sending.
+        """
+        if self._sending:
+            raise anyio.BusyResourceError("sending to")
+        await checkpoint_if_cancelled()
+        stream, limit = self._mux, self._queue_limit
+        self._check_sendable()
+        room = limit - stream.queued
+        if len(item) <= room:
+            stream.write(bytes(item))
+            return
+        self._sending = True
+        try:
+            view = memoryview(item)
+            while True:
+                if room > 0:
+                    stream.write(bytes(view[:room]))
+                    view = view[room:]
+                    if not view:
+                        return
+                await self._room()
+                self._check_sendable()
+                room = limit - stream.queued
+        finally:
+            self._sending = False
+
+    async def _room(self) -> None:
+        inbox = self._inbox
+        self._mux.want_room(self._queue_limit // 2)
+        inbox.writer = asyncio.get_running_loop().create_future()
+        try:
+            await inbox.writer
+        finally:
+            inbox.writer = None
+
+    def _check_sendable(self) -> None:
+        if self._closed or self._mux.finish_wanted:
+            raise StreamClosedError("the sending half was closed here")
+        self._raise_if(self._inbox.send_error)
+        if not self.decided:
+            raise LocalProtocolError("accept the stream before sending on it")
+
+    async def send_eof(self) -> None:
+        """FIN after what is queued: the peer reads EOF, this side goes on receiving. Cancelling is safe.
+
+        Raises:
+            anyio.BusyResourceError: another task is sending.
+            LocalProtocolError: the peer's stream was not accepted yet.
+        """
+        if self._sending:
+            raise anyio.BusyResourceError("sending to")
+        await checkpoint_if_cancelled()
+        if not self._closed and self._inbox.send_error is None:
+            self._mux.finish()
+
+    # The end
+
+    async def aclose(self) -> None:
+        """FIN after what is queued, and STOP unless the peer has finished; does not wait for the peer.
+
+        Cancelled, it resets the stream instead. Safe to call again.
+        """
+        if self._closed:
+            return
+        try:
+            await checkpoint()
+        except BaseException:
+            self.reset()
+            raise
+        self._close(graceful=True)
+
+    def close(self) -> None:
+        """``aclose`` for callers that are not coroutines."""
+        if not self._closed:
+            self._close(graceful=True)
+
+    def reset(self, code: int = Code.CANCELLED, text: str = "") -> None:
+        """Ends both halves at once: what is queued or unread is dropped, and the peer's stream breaks."""
+        if not self._closed:
+            self._close(graceful=False, code=code, text=text)
+
+    def _close(self, *, graceful: bool, code: int = Code.CANCELLED, text: str = "") -> None:
+        self._closed = True
+        inbox, stream = self._inbox, self._mux
+        inbox.chunks.clear()
+        inbox.on_cancel = None
+        if not inbox.forgotten:
+            if not graceful or stream.sending is Sending.UNDECIDED:
+                stream.cancel(code, text)
+            else:
+                stream.finish()
+                if stream.receiving is Receiving.AWAITING:
+                    # STOP now would cancel the peer's dial, and what was sent would be lost.
+                    stream.sink = _Leftover(stream)
+                else:
+                    stream.stop(code)
+        stream.consumed(stream.receive_window.unread)
+        for waiter in (inbox.reader, inbox.writer, inbox.opened):
+            inbox._wake(waiter)
+
+    def detach(self) -> MuxStream:
+        """Gives the underlying stream to another sink, which takes over every duty; this object is done.
+
+        What came before and was not read is in ``Inbox.chunks`` of ``mux_stream.sink``.
+        """
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
+        if self._inbox.reader is not None or self._sending:
+            raise anyio.BusyResourceError("using")
+        self._closed = self._detached = True
+        self._inbox.on_cancel = None
+        return self._mux
+
+    @property
+    def detached(self) -> bool:
+        """Whether another sink has taken over."""
+        return self._detached
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        if exc_type is not None:
+            self.reset()
+        else:
+            await self.aclose()
+
+    def __del__(self) -> None:
+        # __init__ may have failed before the attribute was there.
+        if not getattr(self, "_closed", True):
+            forgotten = self._inbox.forgotten
+            self._close(graceful=False)
+            if not forgotten:
+                warnings.warn(f"{self!r} was dropped without aclose()", ResourceWarning, stacklevel=1, source=self)
+
+    @staticmethod
+    def _raise_if(error: PeerError | None) -> None:
+        if error is not None:
+            raise error.with_traceback(None)
+
+    # Views
+
+    def as_asyncio(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The stream as an asyncio reader and writer, which take it over: close the writer in the end."""
+        from konnektor.transport import stream_pair
+
+        return stream_pair(self)

@@ -1,0 +1,70 @@
+"""Stream types: what an OPEN asks for, as a class.
+
+A type is a ``msgspec`` struct: its fields travel in OPEN as a MessagePack map and are checked on
+arrival. Subclass ``StreamType`` to add one; a name of your own is ``NAME@DOMAIN``, with a domain that
+is yours, and needs no registry::
+
+    class Exec(StreamType):
+        name = "exec@acme.example"
+        argv: list[str]
+        tty: bool = False
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar, Final, Self
+
+import msgspec
+
+from konnektor.errors import ConfigurationError
+
+__all__ = ["StreamType", "Tcp"]
+
+_NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
+
+
+class StreamType(msgspec.Struct, frozen=True, kw_only=False, omit_defaults=True):
+    """Base of all stream types.
+
+    Fields that a peer does not know are ignored, and missing ones take their defaults, so a type can grow.
+
+    Attributes:
+        name: what OPEN calls it.
+        priority: class its streams start in: 0 interactive, 1 default, 2 bulk.
+    """
+
+    name: ClassVar[str] = ""
+    priority: ClassVar[int] = 1
+
+    def encode(self) -> bytes:
+        """The header for OPEN."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, header: bytes) -> Self:
+        """The request in a peer's OPEN.
+
+        Raises:
+            ValueError: the header does not fit the type.
+        """
+        try:
+            return msgspec.msgpack.decode(header, type=cls)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"malformed {cls.name} header: {error}") from None
+
+    @classmethod
+    def check(cls) -> None:
+        """Raises ConfigurationError if the class cannot travel."""
+        if not _NAME.fullmatch(cls.name):
+            raise ConfigurationError(
+                f"{cls.__name__}.name is {cls.name!r}; write NAME@DOMAIN in lower case, for example 'exec@acme.example'"
+            )
+
+
+class Tcp(StreamType, frozen=True):
+    """A TCP connection that the accepting end dials; ``host`` is a name or an address, resolved there."""
+
+    name: ClassVar[str] = "tcp"
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]

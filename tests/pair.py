@@ -1,0 +1,278 @@
+"""Two multiplexers crossed in memory, with a clock that only moves when told.
+
+Each side is driven exactly as a driver may: ``data_to_send`` is called only after ``output_pending``, and
+``handle_timeout`` only at the time that ``deadline_moved`` named. So a wake-up or a timer that the core forgets
+shows as a test that hangs still, instead of being covered up by polling.
+"""
+
+import itertools
+
+from konnektor.limits import KIB, Limits
+from konnektor.mux import Mux
+from konnektor.settings import Settings
+from konnektor.states import Receiving, Sending
+
+SMALL = Limits(initial_window=16 * KIB, initial_streams=8, receive_pool=512 * KIB)
+
+
+class Recorder:
+    """A sink that keeps what it is told. ``auto`` consumes at once; ``on`` maps events to calls back into the mux."""
+
+    def __init__(self, *, auto=True, on=None):
+        self.stream = None
+        self.auto = auto
+        self.on = on or {}
+        self.data = bytearray()
+        self.events = []
+        self.error = None
+        self.is_closed = False
+
+    def _event(self, *event):
+        assert not self.is_closed, f"{event} after closed"
+        self.events.append(event)
+        if (call := self.on.get(event[0])) is not None:
+            call(self.stream)
+
+    def accepted(self):
+        self._event("accepted")
+
+    def data_received(self, data):
+        assert isinstance(data, memoryview)
+        assert "eof" not in self.kinds
+        self.data += data
+        if self.auto:
+            self.stream.consumed(len(data))
+        self._event("data", len(data))
+
+    def eof_received(self):
+        assert "eof" not in self.kinds
+        self._event("eof")
+
+    def writable(self):
+        self._event("writable")
+
+    def failed(self, error, /, *, receiving, sending):
+        assert receiving or sending
+        self.error = error
+        self._event("failed", type(error).__name__, receiving, sending)
+
+    def closed(self):
+        self._event("closed")
+        self.is_closed = True
+
+    @property
+    def kinds(self):
+        return [event[0] for event in self.events]
+
+    def clear(self):
+        events, self.events = self.events, []
+        return events
+
+
+class Side:
+    """One mux, its handler and its driver."""
+
+    def __init__(self, pair, role, limits, **declared):
+        self.pair = pair
+        self.limits = limits
+        self.events = []
+        self.opened = []
+        self.all = []  # every stream there ever was, for the pool's books
+        self.pending = False
+        self.timer = None
+        self.on_open = None
+        self.auto = True
+        self.on = {}
+        self.wire = bytearray()  # rendered, not yet delivered to the peer
+        self.blocked = False  # the transport takes nothing
+        self.rest = b""
+        nonce = (b"C" if role == "client" else b"S") * 32
+        self.mux = Mux(role, self, limits, Settings.of(limits, **declared), nonce=nonce, now=pair.now)
+        self.mux.start()
+
+    # mux.Handler
+
+    def output_pending(self):
+        assert self.mux.awake
+        self.pending = True
+
+    def deadline_moved(self, when):
+        assert self.timer is None or when < self.timer
+        self.timer = when
+
+    def hello_received(self, settings):
+        self._event("hello")
+
+    def stream_opened(self, stream):
+        sink = stream.sink = Recorder(auto=self.auto, on=dict(self.on))
+        sink.stream = stream
+        self.opened.append(stream)
+        self.all.append(stream)
+        self._event("opened", stream.id)
+        if self.on_open is not None:
+            self.on_open(stream)
+
+    def pong_received(self, opaque, rtt):
+        self._event("pong", opaque, rtt)
+
+    def goaway_received(self, code, grace, reason):
+        self._event("goaway", code, grace, reason)
+
+    def session_closed(self, error):
+        self._event("closed", type(error).__name__)
+
+    def _event(self, *event):
+        assert "closed" not in self.kinds, f"{event} after closed"
+        self.events.append(event)
+        if (call := self.on.get(event[0])) is not None:
+            call(self)
+
+    @property
+    def kinds(self):
+        return [event[0] for event in self.events]
+
+    @property
+    def peer(self):
+        return self.pair.server if self is self.pair.client else self.pair.client
+
+    @property
+    def error(self):
+        return self.mux.error
+
+    # the application
+
+    def open(self, name="echo", header=b"", *, auto=True, on=None, **kwargs):
+        sink = Recorder(auto=auto, on=on)
+        stream = sink.stream = self.mux.open(name, header, sink, now=self.pair.now, **kwargs)
+        self.all.append(stream)
+        return stream
+
+    # the driver
+
+    def flush(self, max_bytes=64 * KIB):
+        """Writes while the mux is awake and was heard to be."""
+        while self.pending and not self.blocked:
+            data = self.mux.data_to_send(self.pair.now, max_bytes)
+            self.wire += data
+            if not self.mux.awake:
+                self.pending = False
+            else:
+                assert data, "awake, and nothing to send: a driver would stop here for ever"
+            self.check()
+
+    def deliver(self, count=None):
+        """Brings ``count`` bytes of what was written to the peer."""
+        count = len(self.wire) if count is None else count
+        peer = self.peer
+        data, self.wire[:count] = peer.rest + bytes(self.wire[:count]), b""
+        if data:
+            used = peer.mux.receive(data, self.pair.now)
+            peer.rest = data[used:]
+            assert len(peer.rest) <= 8 + self.limits.max_frame
+            peer.check()
+
+    def inject(self, *frames):
+        """Bytes to the peer that our mux never sent."""
+        data = b"".join(frame if isinstance(frame, bytes) else frame.encode() for frame in frames)
+        assert self.peer.mux.receive(data, self.pair.now) == len(data)
+        self.peer.check()
+
+    def check(self):
+        mux = self.mux
+        mux.assert_invariants()
+        assert not mux.awake or self.pending or mux.error is not None
+        extra = 0
+        for stream in self.all:
+            stream.assert_invariants()
+            window = stream.receive_window
+            held = window.granted - window.consumed
+            if stream.forgotten:
+                assert stream.receiving is Receiving.ENDED and stream.sending is Sending.ENDED
+                assert mux.error or stream.sink.is_closed
+                assert stream not in mux.streams.values()
+                held = window.unread if stream.id and not mux.error else 0
+            extra += max(0, held - mux.pool.base)
+        if mux.error is None:
+            assert mux.pool.extra == extra, (mux.pool.extra, extra)
+            own = sum(1 for s in self.all if s.id and s.id & 1 == mux.admission.next_id & 1 and not s.retired)
+            assert mux.pool.slots == self.limits.initial_streams + own
+            assert (mux.next_deadline() or 0) >= (self.timer or 0) - 1e-9 or mux.next_deadline() is None
+            assert self.timer is not None
+            if mux.leaving.begun or mux.draining:
+                assert not mux.opens
+
+
+class Pair:
+    """A client and a server; ``now`` is their clock."""
+
+    def __init__(self, limits=SMALL, server_limits=None, *, hello=True):
+        self.now = 1000.0
+        self.client = Side(self, "client", limits)
+        self.server = Side(self, "server", server_limits or limits)
+        if hello:
+            self.pump()
+            self.client.events.clear()
+            self.server.events.clear()
+
+    @property
+    def sides(self):
+        return (self.client, self.server)
+
+    def pump(self, sizes=None, *, rounds=10_000):
+        """Moves bytes both ways until nothing moves, in pieces of ``sizes`` (all there is without)."""
+        sizes = itertools.cycle(sizes) if sizes else itertools.repeat(None)
+        for _ in range(rounds):
+            moved = False
+            for side in self.sides:
+                side.flush()
+                if side.wire:
+                    moved = True
+                    side.deliver(next(sizes))
+            if not moved:
+                return
+        raise AssertionError("bytes move for ever")
+
+    def sleep(self, seconds, *, pump=True):
+        """Lets time pass, timer by timer."""
+        end = self.now + seconds
+        while True:
+            timers = [(side.timer, side) for side in self.sides if side.timer is not None and side.error is None]
+            when, side = min(timers, key=lambda pair: pair[0], default=(None, None))
+            if when is None or when > end:
+                break
+            self.now = max(self.now, when)
+            self.fire(side)
+            if pump:
+                self.pump()
+        self.now = end
+
+    def fire(self, side):
+        side.timer = None
+        side.mux.handle_timeout(self.now)
+        side.check()
+
+    def open(self, opener=None, *, accept=True, auto=True, **kwargs):
+        """A stream that both sides have: (the opener's, the accepter's)."""
+        opener = opener or self.client
+        stream = opener.open(auto=auto, **kwargs)
+        self.pump()
+        theirs = opener.peer.opened[-1]
+        assert theirs.id == stream.id
+        theirs.sink.auto = auto
+        if accept:
+            theirs.accept()
+            self.pump()
+        return stream, theirs
+
+    def assert_empty(self):
+        """Nothing is left of any stream."""
+        for side in self.sides:
+            for stream in side.opened:
+                stream.release()
+            side.check()
+            assert not side.mux.streams and not side.mux.opens and not side.mux.control and not side.mux.owed
+            assert not side.mux.scheduler
+            assert side.mux.pool.extra == 0
+            assert side.mux.pool.slots == side.limits.initial_streams
+            assert side.mux.admission.retired == side.mux.admission.taken
+            assert all(stream.sink.is_closed for stream in side.all)
