@@ -1,1 +1,116 @@
-"""Many streams over one mutual-TLS connection that a worker dials out."""
+"""Many streams over one mutual-TLS connection that the worker dials: ``import konnektor as kk``."""
+
+import logging
+
+from konnektor.control_plane import ControlPlane, WorkerConnected, WorkerDisconnected, WorkerEvent, WorkerSnapshot
+from konnektor.errors import (
+    ApplicationError,
+    CalmError,
+    CancelledStreamError,
+    CertificateError,
+    Code,
+    ConfigurationError,
+    ConnectRefusedError,
+    DeniedError,
+    DialTimeoutError,
+    DNSError,
+    FlowControlError,
+    FrameSizeError,
+    HandshakeError,
+    IdentityError,
+    InternalError,
+    KonnektorError,
+    LimitError,
+    ListenError,
+    LocalProtocolError,
+    NoRouteError,
+    PeerError,
+    PeerTimeoutError,
+    ProtocolError,
+    ResumeRefusedError,
+    SessionClosedError,
+    SessionError,
+    SessionLost,
+    ShutdownError,
+    StreamClosedError,
+    StreamError,
+    StreamStateError,
+    TargetResetError,
+    TargetTLSError,
+    UnreachableError,
+    UnsupportedError,
+    VersionError,
+)
+from konnektor.limits import Limits
+from konnektor.policy import AllowRule, parse_allow, tcp
+from konnektor.relay import relay
+from konnektor.session import Handlers, Session, SessionStats, StreamListener
+from konnektor.splice import splice
+from konnektor.stream import Stream, StreamAttribute
+from konnektor.stream_types import StreamType, Tcp
+from konnektor.tls import Identity, Role, TLSFiles
+from konnektor.worker import Worker
+
+__all__ = [
+    "AllowRule",
+    "ApplicationError",
+    "CalmError",
+    "CancelledStreamError",
+    "CertificateError",
+    "Code",
+    "ConfigurationError",
+    "ConnectRefusedError",
+    "ControlPlane",
+    "DNSError",
+    "DeniedError",
+    "DialTimeoutError",
+    "FlowControlError",
+    "FrameSizeError",
+    "Handlers",
+    "HandshakeError",
+    "Identity",
+    "IdentityError",
+    "InternalError",
+    "KonnektorError",
+    "LimitError",
+    "Limits",
+    "ListenError",
+    "LocalProtocolError",
+    "NoRouteError",
+    "PeerError",
+    "PeerTimeoutError",
+    "ProtocolError",
+    "ResumeRefusedError",
+    "Role",
+    "Session",
+    "SessionClosedError",
+    "SessionError",
+    "SessionLost",
+    "SessionStats",
+    "ShutdownError",
+    "Stream",
+    "StreamAttribute",
+    "StreamClosedError",
+    "StreamError",
+    "StreamListener",
+    "StreamStateError",
+    "StreamType",
+    "TLSFiles",
+    "TargetResetError",
+    "TargetTLSError",
+    "Tcp",
+    "UnreachableError",
+    "UnsupportedError",
+    "VersionError",
+    "Worker",
+    "WorkerConnected",
+    "WorkerDisconnected",
+    "WorkerEvent",
+    "WorkerSnapshot",
+    "parse_allow",
+    "relay",
+    "splice",
+    "tcp",
+]
+
+logging.getLogger("konnektor").addHandler(logging.NullHandler())

@@ -10,7 +10,7 @@ import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, NamedTuple, TypeAlias
 
-from .errors import ConfigurationError
+from konnektor.errors import ConfigurationError
 
 __all__ = [
     "Forward",
@@ -156,6 +156,7 @@ def parse_hostport(text: str, *, zero: bool = False) -> tuple[str, int]:
     """``HOST:PORT`` or ``[IPV6]:PORT`` as a canonical host (IPv6 without brackets) and a port.
 
     Args:
+        text: the text.
         zero: whether port 0 (any free port) is acceptable.
 
     Raises:

@@ -93,10 +93,10 @@ class Admission:
         """
         if stream_id != self.next_peer_id:
             raise ProtocolError(f"OPEN of stream {stream_id}; the next one is {self.next_peer_id}")
+        if self.taken >= self.granted:
+            raise ProtocolError(f"OPEN number {self.taken + 1}; {self.granted} were allowed")
         self.next_peer_id += 2
         self.taken += 1
-        if self.taken > self.granted:
-            raise ProtocolError(f"OPEN number {self.taken}; {self.granted} were allowed")
 
     def retire(self) -> bool:
         """A stream of the peer is gone. True if a STREAMS is worth sending: an eighth came back, or few are left."""

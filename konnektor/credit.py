@@ -102,9 +102,10 @@ class ReceiveWindow:
         Raises:
             FlowControlError: more than was granted.
         """
-        self.received += count
-        if self.received > self.granted:
-            raise FlowControlError(f"{self.received - self.granted} bytes beyond the credit of {self.granted}")
+        received = self.received + count
+        if received > self.granted:
+            raise FlowControlError(f"{received - self.granted} bytes beyond the credit of {self.granted}")
+        self.received = received
 
     def consume(self, count: int) -> bool:
         """Counts bytes the application took. True if a grant is due: a quarter of the window or more."""

@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple
 
 import anyio
 
-from .addresses import IPAddress, format_hostport, parse_host, quote
-from .errors import (
+from konnektor.addresses import IPAddress, format_hostport, parse_host, quote
+from konnektor.errors import (
     ConfigurationError,
     ConnectRefusedError,
     DeniedError,
@@ -193,23 +193,24 @@ async def _race(addresses: Sequence[_Address], errors: list[OSError]) -> socket.
 
 
 async def _attempt(address: _Address, errors: list[OSError]) -> socket.socket | None:
-    """One connected socket, or None and a line in ``errors``."""
-    sock = None
+    """One connected socket, or None and its error in ``errors``."""
     try:
         sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except OSError as error:
+        errors.append(error)
+        return None
+    try:
         sock.setblocking(False)
         set_options(sock)
         await _connect(sock, address.sockaddr)
         if _is_self_connected(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
     except OSError as error:
-        if sock is not None:
-            sock.close()
+        sock.close()
         errors.append(error)
         return None
     except BaseException:
-        if sock is not None:
-            sock.close()
+        sock.close()
         raise
     return sock
 

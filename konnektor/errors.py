@@ -359,7 +359,7 @@ def describe(code: int) -> str:
     try:
         return Code(code).name.lower().replace("_", " ")
     except ValueError:
-        return f"application code {code}" if code in APPLICATION_CODES else f"code {code}"
+        return f"application code {code}" if code >= APPLICATION_CODES.start else f"code {code}"
 
 
 def session_error(code: int, reason: str = "") -> SessionError:
@@ -369,7 +369,7 @@ def session_error(code: int, reason: str = "") -> SessionError:
 
 def stream_error(code: int, reason: str = "", *, refused: bool = False, retry_after: float = 0.0) -> StreamError:
     """The one exception class of a stream code; an unknown code gives a plain StreamError."""
-    cls = ApplicationError if code in APPLICATION_CODES else _STREAM_ERRORS.get(code, StreamError)
+    cls = ApplicationError if code >= APPLICATION_CODES.start else _STREAM_ERRORS.get(code, StreamError)
     error = cls(reason, code)
     error.refused = refused
     error.retry_after = retry_after

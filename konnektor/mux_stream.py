@@ -192,15 +192,16 @@ class MuxStream:
         """Says no. The text reaches the peer's logs; it must hold nothing secret. ``retry_after`` is in seconds.
 
         Raises:
-            LocalProtocolError: already accepted; ``reset`` and ``stop`` then.
+            LocalProtocolError: already accepted (``reset`` and ``stop`` then), or no code.
         """
+        _check_code(code)
         before = self.sending
         self.move_sending(Event.DO_REFUSE)
         if before is not Sending.UNDECIDED:
             return
         self.move_receiving(Event.DO_REFUSE)
         self.receive_window.drop()
-        self.reset_code, self.reset_text = _u32(code), text
+        self.reset_code, self.reset_text = code, text
         self.retry_ms = int(max(0.0, min(retry_after, 86_400.0)) * 1000)
         self._mux.decided(self)
         self._mux.want_control(self)
@@ -250,6 +251,7 @@ class MuxStream:
 
     def reset(self, code: int = Code.CANCELLED, text: str = "") -> None:
         """Ends the sending half abruptly: the queue is dropped. Nothing happens if it has ended."""
+        _check_code(code)
         before = self.sending
         if before is Sending.UNSENT:
             self._mux.give_up(self)
@@ -259,7 +261,7 @@ class MuxStream:
             return
         self.move_sending(Event.DO_RESET)
         if before is not self.sending:
-            self.reset_code, self.reset_text = _u32(code), text
+            self.reset_code, self.reset_text = code, text
             self.drop_queue()
             self._mux.want_control(self)
 
@@ -277,6 +279,7 @@ class MuxStream:
 
         Before an answer to the peer's OPEN this refuses it.
         """
+        _check_code(code)
         before = self.receiving
         if self.sending is Sending.UNSENT:
             self._mux.give_up(self)
@@ -286,7 +289,7 @@ class MuxStream:
             self.move_receiving(Event.DO_STOP)
             self.receive_window.drop()
             if before is not self.receiving:
-                self.stop_due, self.stop_code = True, _u32(code)
+                self.stop_due, self.stop_code = True, code
                 self._mux.stopped(self)
             else:
                 self._mux.retire(self)
@@ -397,7 +400,6 @@ class MuxStream:
         assert self.queued == sum(map(len, self._queue or ()))
 
 
-def _u32(code: int) -> int:
+def _check_code(code: int) -> None:
     if not 0 <= code < 2**32:
         raise LocalProtocolError(f"{code} is no error code: those are 0 to 2**32 - 1")
-    return code

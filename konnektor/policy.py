@@ -18,7 +18,7 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 
-from .addresses import (
+from konnektor.addresses import (
     IPAddress,
     IPNetwork,
     format_hostport,
@@ -30,7 +30,7 @@ from .addresses import (
     split_port,
     unwrap,
 )
-from .errors import ConfigurationError, DeniedError
+from konnektor.errors import ConfigurationError, DeniedError
 
 __all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "tcp"]
 

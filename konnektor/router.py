@@ -22,8 +22,8 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_network
 from typing import Final, NamedTuple
 
-from .addresses import IPAddress, IPNetwork, parse_host, parse_network, parse_worker_name, quote, unwrap
-from .errors import ConfigurationError, NoRouteError
+from konnektor.addresses import IPAddress, IPNetwork, parse_host, parse_network, parse_worker_name, quote, unwrap
+from konnektor.errors import ConfigurationError, NoRouteError
 
 __all__ = [
     "DEFAULT",
@@ -162,7 +162,7 @@ class Router:
         load: how busy a worker is; the least busy comes first, equals take turns.
     """
 
-    def __init__(self, load: Callable[[str], int] = lambda worker: 0) -> None:
+    def __init__(self, load: Callable[[str], int] = lambda _worker: 0) -> None:
         self._load = load
         self._routes: dict[str, tuple[Route, ...]] = {}
         self._holders: dict[Route, list[str]] = {}

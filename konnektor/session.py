@@ -21,6 +21,7 @@ from konnektor.driver import Driver
 from konnektor.errors import (
     Code,
     HandshakeError,
+    KonnektorError,
     LocalProtocolError,
     PeerError,
     SessionClosedError,
@@ -420,7 +421,13 @@ class Session:
         self.remote_address = transport.get_extra_info("peername")
         self.ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if self._check_peer is not None:
-            self._check_peer(self)
+            try:
+                self._check_peer(self)
+            except KonnektorError as error:
+                # The peer may know what is wrong with its own certificate.
+                self._lost_reason = error
+                self._mux.close(Code.IDENTITY, str(error))
+                return
         self._mux.start()
 
     def _connection_lost(self, exc: Exception | None) -> None:

@@ -235,6 +235,8 @@ class Pair:
     def sleep(self, seconds, *, pump=True):
         """Lets time pass, timer by timer."""
         end = self.now + seconds
+        if pump:
+            self.pump()
         while True:
             timers = [(side.timer, side) for side in self.sides if side.timer is not None and side.error is None]
             when, side = min(timers, key=lambda pair: pair[0], default=(None, None))
@@ -265,7 +267,8 @@ class Pair:
         return stream, theirs
 
     def assert_empty(self):
-        """Nothing is left of any stream."""
+        """Nothing is left of any stream, once what was sent is acknowledged."""
+        self.sleep(0.1)
         for side in self.sides:
             for stream in side.opened:
                 stream.release()

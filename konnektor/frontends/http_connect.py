@@ -15,8 +15,8 @@ from typing import Final, cast
 
 import h11
 
-from ..addresses import parse_hostport, parse_worker_name
-from ..errors import (
+from konnektor.addresses import parse_hostport, parse_worker_name
+from konnektor.errors import (
     CancelledStreamError,
     ConfigurationError,
     ConnectRefusedError,

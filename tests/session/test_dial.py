@@ -9,6 +9,7 @@ import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def unused_port(host: str = "127.0.0.1") -> int:
 @contextmanager
 def no_more_descriptors() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with open(os.devnull, "rb") as lowest:
+    with Path(os.devnull).open("rb") as lowest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, hard))
         held = []
         try:
@@ -343,6 +344,26 @@ async def test_of_two_that_connect_at_once_one_is_closed(
     with listening("127.0.0.1") as port, listening("127.0.0.2", port), await dial("db.example", port) as sock:
         assert sock in socks
         assert [s.fileno() >= 0 for s in socks].count(True) == 1
+
+
+async def test_a_connection_may_be_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(sock: socket.socket, address: Any) -> None:
+        sock.setblocking(True)
+        super(socket.socket, sock).connect(address)
+        sock.setblocking(False)
+
+    with listening() as port:
+        monkeypatch.setattr(socket.socket, "connect", connect)
+        (await dial("127.0.0.1", port)).close()
+
+
+async def test_no_free_local_port_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(sock: socket.socket, address: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "x")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(LimitError):
+        await dial("127.0.0.1", 9)
 
 
 async def test_meeting_oneself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,119 @@
+"""``konnektor control-plane``: the endpoint that accepts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from konnektor.addresses import Forward, parse_forward, parse_hostport
+from konnektor.cli.options import Parsed, endpoint_options, make_limits
+from konnektor.control_plane import ControlPlane
+from konnektor.frontends.urls import HttpFrontend, HttpsFrontend, UnixFrontend, parse_frontend
+from konnektor.policy import AllowRule, parse_grant_from
+from konnektor.router import Route, parse_grant_route
+from konnektor.runtime import run, serve_until_signalled, set_up_logging
+from konnektor.tls import TLSFiles
+
+__all__ = ["control_plane"]
+
+
+def _listen(text: str) -> str:
+    parse_hostport(text, zero=True)
+    return text
+
+
+@click.command("control-plane")
+@click.option(
+    "--listen",
+    required=True,
+    type=Parsed("address", _listen),
+    metavar="HOST:PORT",
+    help="Where workers connect. Example: --listen 0.0.0.0:8443",
+)
+@click.option(
+    "--frontend",
+    "frontends",
+    multiple=True,
+    type=Parsed("url", parse_frontend),
+    metavar="URL",
+    help="Serve HTTP CONNECT: http://127.0.0.1:8080, http+unix:///run/konnektor.sock, or "
+    "https://0.0.0.0:8444?cert=F&key=F&client-ca=F. Example: --frontend http://127.0.0.1:8080",
+)
+@click.option(
+    "--forward",
+    "forwards",
+    multiple=True,
+    type=Parsed("forward", parse_forward),
+    metavar="LISTEN=WORKER/HOST:PORT",
+    help="Forward a local address. Example: --forward 127.0.0.1:5432=node-1/10.0.0.7:5432",
+)
+@click.option(
+    "--grant-route",
+    "grants",
+    multiple=True,
+    type=Parsed("grant", parse_grant_route),
+    metavar="NAME=ROUTE",
+    help="Let worker NAME claim a route: host=GLOB, cidr=NET or default. Example: --grant-route node-1=cidr=10.1.0.0/16",
+)
+@click.option(
+    "--allow-from",
+    multiple=True,
+    type=Parsed("grant", parse_grant_from),
+    metavar="NAME=HOST-OR-CIDR:PORTS",
+    help="Let streams of worker NAME reach an address here. Example: --allow-from node-1=10.0.0.1:6443",
+)
+@endpoint_options
+def control_plane(
+    listen: str,
+    frontends: tuple[HttpFrontend | UnixFrontend | HttpsFrontend, ...],
+    forwards: tuple[Forward, ...],
+    grants: tuple[tuple[str, Route], ...],
+    allow_from: tuple[tuple[str, AllowRule], ...],
+    ca: str,
+    cert: str,
+    key: str,
+    max_streams: int,
+    receive_pool: int | None,
+    grace: float,
+    log_format: str,
+    verbose: int,
+) -> int:
+    """Accept workers, and let clients use what they reach.
+
+    Prints one line when it is ready: ready tunnel=HOST:PORT http=HOST:PORT forward=...
+    """
+    set_up_logging(log_format, verbose)
+    limits = make_limits(max_streams, receive_pool)
+    settings: dict[str, Any] = {"grant_routes": grants, "allow_from": allow_from, "limits": limits}
+    return run(_serve(listen, TLSFiles(ca, cert, key), settings, frontends, forwards, grace))
+
+
+async def _serve(
+    listen: str,
+    tls: TLSFiles,
+    settings: dict[str, Any],
+    frontends: tuple[HttpFrontend | UnixFrontend | HttpsFrontend, ...],
+    forwards: tuple[Forward, ...],
+    grace: float,
+) -> int:
+    async with ControlPlane(listen, tls=tls, **settings) as endpoint:
+        ready = [f"tunnel={endpoint.address}"]
+        for frontend in frontends:
+            bound = await endpoint.add_frontend(frontend)
+            match frontend:
+                case HttpFrontend():
+                    ready.append(f"http={bound}")
+                case UnixFrontend():
+                    ready.append(f"unix={bound}")
+                case HttpsFrontend():
+                    ready.append(f"https={bound}")
+        for forward in forwards:
+            bound = await endpoint.add_forward(forward)
+            ready.append(f"forward={bound}->{str(forward).partition('=')[2]}")
+        click.echo("ready " + " ".join(ready))
+        forever: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        return await serve_until_signalled(forever, endpoint.drain, grace)
+
+

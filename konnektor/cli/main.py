@@ -1,0 +1,90 @@
+"""The ``konnektor`` command: groups, exit statuses, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import version
+from typing import Any, Final
+
+import click
+
+from konnektor.cli.control_plane import control_plane
+from konnektor.cli.demo import demo
+from konnektor.cli.pki import pki
+from konnektor.cli.worker import worker
+from konnektor.errors import (
+    CertificateError,
+    ConfigurationError,
+    HandshakeError,
+    KonnektorError,
+    ListenError,
+)
+
+__all__ = ["cli", "main"]
+
+EXIT_STATUS: Final = (
+    (ConfigurationError, 2),
+    (CertificateError, 3),
+    (ListenError, 4),
+    (HandshakeError, 5),
+    (KonnektorError, 1),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("konnektor-tunnel"), prog_name="konnektor")
+def cli() -> None:
+    """Many streams over one mutual-TLS connection that the worker dials.
+
+    \b
+    A tunnel in four commands:
+      konnektor pki init --dir pki
+      konnektor pki issue --dir pki --role control-plane --name cp
+      konnektor pki issue --dir pki --role worker --name node-1
+      konnektor control-plane --listen 127.0.0.1:8443 --ca pki/ca.pem --cert pki/cp.pem --key pki/cp.key \\
+          --forward 127.0.0.1:8080=node-1/127.0.0.1:80
+    and, where the worker is:
+      konnektor worker --connect 127.0.0.1:8443 --ca pki/ca.pem --cert pki/node-1.pem --key pki/node-1.key \\
+          --allow 127.0.0.1:80
+
+    \b
+    Shell completion, for bash (zsh and fish alike):
+      eval "$(_KONNEKTOR_COMPLETE=bash_source konnektor)"
+
+    \b
+    Exit status: 0 ok, 1 internal error, 2 usage or configuration, 3 certificate or key,
+    4 cannot listen, 5 peer unreachable or handshake refused, 130 aborted.
+    """
+
+
+cli.add_command(pki)
+cli.add_command(control_plane)
+cli.add_command(worker)
+cli.add_command(demo)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line and exits with its status."""
+    sys.exit(_run(args))
+
+
+def _run(args: list[str] | None) -> int:
+    try:
+        result: Any = cli.main(args, prog_name="konnektor", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except KonnektorError as error:
+        click.echo(f"konnektor: {error}", err=True)
+        return next(status for kind, status in EXIT_STATUS if isinstance(error, kind))
+    except BrokenPipeError:
+        return 1
+    except Exception:
+        logging.getLogger("konnektor").exception("internal error")
+        return 1
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,105 @@
+"""Options that both endpoints take, and the conversion of their values."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, Final, ParamSpec, TypeVar
+
+import click
+
+from konnektor.errors import ConfigurationError
+from konnektor.limits import Limits, format_size, parse_size
+
+__all__ = ["Parsed", "endpoint_options", "make_limits"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DEFAULT: Final = Limits()
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h|)")
+_SECONDS: Final = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from ``25s``, ``500ms``, ``2m`` or ``25``."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ConfigurationError(f"{text!r} is not a duration: write for example 25s, 500ms or 2m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+class Parsed(click.ParamType):
+    """A click type from a parser that raises ConfigurationError; the text is kept out of tracebacks."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ConfigurationError as error:
+            self.fail(str(error), param, ctx)
+
+
+_OPTIONS: Final = (
+    click.option("--ca", required=True, metavar="FILE", help="CA that issued both ends. Example: --ca pki/ca.pem"),
+    click.option("--cert", required=True, metavar="FILE", help="Certificate of this end. Example: --cert pki/cp.pem"),
+    click.option("--key", required=True, metavar="FILE", help="Its key. Example: --key pki/cp.key"),
+    click.option(
+        "--max-streams",
+        type=click.IntRange(8, 1_000_000),
+        default=_DEFAULT.initial_streams,
+        show_default=True,
+        metavar="N",
+        help="Streams the peer may have open at once. Example: --max-streams 10000",
+    ),
+    click.option(
+        "--receive-pool",
+        type=Parsed("size", parse_size),
+        metavar="SIZE",
+        help="Bound on bytes granted to a peer and not consumed. Default: 64MiB, or what --max-streams needs. "
+        "Example: --receive-pool 256MiB",
+    ),
+    click.option(
+        "--grace",
+        type=Parsed("duration", parse_duration),
+        default="25s",
+        show_default=True,
+        metavar="TIME",
+        help="How long open streams may go on after SIGTERM. Example: --grace 2m",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="Lines on standard error. Example: --log-format json",
+    ),
+    click.option("-v", "--verbose", count=True, help="More lines; twice for all. Example: -vv"),
+)
+
+
+def endpoint_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Adds the options of both endpoints to a command."""
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
+
+
+def make_limits(max_streams: int, receive_pool: int | None) -> Limits:
+    """The limits that the options describe.
+
+    Raises:
+        ConfigurationError: the pool is too small for the streams.
+    """
+    need = 2 * max_streams * _DEFAULT.initial_window
+    pool = max(_DEFAULT.receive_pool, need) if receive_pool is None else receive_pool
+    if pool < need:
+        raise ConfigurationError(
+            f"--receive-pool {format_size(pool)} is too small for --max-streams {max_streams}: "
+            f"give it {format_size(need)} or more, or lower --max-streams"
+        )
+    return Limits(initial_streams=max_streams, receive_pool=pool)

@@ -1,0 +1,102 @@
+"""``konnektor worker``: the endpoint that dials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from konnektor.addresses import parse_hostport
+from konnektor.cli.options import Parsed, endpoint_options, make_limits
+from konnektor.policy import AllowRule, parse_allow
+from konnektor.router import parse_route
+from konnektor.runtime import run, serve_until_signalled, set_up_logging
+from konnektor.tls import TLSFiles
+from konnektor.worker import Worker
+
+__all__ = ["worker"]
+
+
+def _connect(text: str) -> str:
+    parse_hostport(text)
+    return text
+
+
+def _route(text: str) -> str:
+    parse_route(text)
+    return text
+
+
+@click.command("worker")
+@click.option(
+    "--connect",
+    required=True,
+    multiple=True,
+    type=Parsed("address", _connect),
+    metavar="HOST:PORT",
+    help="A control plane to keep a session to; may be given again. Example: --connect cp.example:8443",
+)
+@click.option(
+    "--allow",
+    multiple=True,
+    required=True,
+    type=Parsed("rule", parse_allow),
+    metavar="HOST-OR-CIDR:PORTS",
+    help="What streams may reach here; nothing else is. Example: --allow 10.0.0.0/8:80,443 --allow '[::1]:10250'",
+)
+@click.option(
+    "--route",
+    "routes",
+    multiple=True,
+    type=Parsed("route", _route),
+    metavar="ROUTE",
+    help="A route to claim: host=GLOB, cidr=NET or default. The control plane must grant it. "
+    "Example: --route cidr=10.1.0.0/16",
+)
+@click.option(
+    "--server-name",
+    metavar="NAME",
+    help="Name to demand of the control plane's certificate, if not the host. Example: --server-name cp",
+)
+@click.option("--once", is_flag=True, help="Connect once and never again; fail with status 5. Example: --once")
+@endpoint_options
+def worker(
+    connect: tuple[str, ...],
+    allow: tuple[AllowRule, ...],
+    routes: tuple[str, ...],
+    server_name: str | None,
+    once: bool,
+    ca: str,
+    cert: str,
+    key: str,
+    max_streams: int,
+    receive_pool: int | None,
+    grace: float,
+    log_format: str,
+    verbose: int,
+) -> int:
+    """Dial control planes, and serve what they ask for as far as --allow goes.
+
+    Prints one line when it is connected: ready worker=NAME connected=HOST:PORT
+    """
+    set_up_logging(log_format, verbose)
+    settings: dict[str, Any] = {
+        "allow": allow,
+        "routes": routes,
+        "server_name": server_name,
+        "once": once,
+        "limits": make_limits(max_streams, receive_pool),
+    }
+    return run(_serve(connect, TLSFiles(ca, cert, key), settings, grace))
+
+
+async def _serve(connect: tuple[str, ...], tls: TLSFiles, settings: dict[str, Any], grace: float) -> int:
+    endpoint = Worker(connect, tls=tls, **settings)
+
+    async def live() -> None:
+        await endpoint.wait_connected()
+        click.echo(f"ready worker={endpoint.identity.name} connected={endpoint.connected[0]}")
+        await endpoint.wait_closed()
+
+    async with endpoint:
+        return await serve_until_signalled(live(), endpoint.drain, grace)

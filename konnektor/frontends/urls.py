@@ -1,0 +1,100 @@
+"""Where a frontend listens, from its URL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from konnektor.addresses import format_hostport, parse_hostport, quote
+from konnektor.errors import ConfigurationError
+
+__all__ = ["HttpFrontend", "HttpsFrontend", "UnixFrontend", "parse_frontend"]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFrontend:
+    """Plaintext CONNECT on a loopback address."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"http://{format_hostport(self.host, self.port)}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixFrontend:
+    """Plaintext CONNECT on a Unix socket, whose permissions are the authentication."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"http+unix://{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpsFrontend:
+    """CONNECT over TLS with client certificates, as kube-apiserver does it."""
+
+    host: str
+    port: int
+    cert: str
+    key: str
+    client_ca: str
+
+    def __str__(self) -> str:
+        return f"https://{format_hostport(self.host, self.port)}"
+
+
+def parse_frontend(url: str) -> HttpFrontend | UnixFrontend | HttpsFrontend:
+    """``http://HOST:PORT``, ``http+unix:///PATH`` or ``https://HOST:PORT?cert=F&key=F&client-ca=F``.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme == "http+unix":
+        path = unquote(parts.path)
+        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or len(path.encode()) > 100:
+            raise ConfigurationError(
+                f"frontend {quote(url)} has no usable path: write http+unix:///run/konnektor/connect.sock, "
+                "at most 100 bytes"
+            )
+        return UnixFrontend(path)
+    if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.fragment:
+        raise ConfigurationError(
+            f"frontend {quote(url)} is unknown: write http://127.0.0.1:8080, http+unix:///PATH "
+            "or https://HOST:PORT?cert=F&key=F&client-ca=F"
+        )
+    try:
+        host, port = parse_hostport(parts.netloc, zero=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"frontend {quote(url)}: {error}") from None
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.scheme == "http":
+        if query:
+            raise ConfigurationError(f"frontend {quote(url)}: http takes no parameters; for TLS write https://")
+        if not _is_loopback(host):
+            raise ConfigurationError(
+                f"frontend {quote(url)} would serve anyone in plaintext: use a loopback address, a Unix socket or https"
+            )
+        return HttpFrontend(host, port)
+    missing = [name for name in ("cert", "key", "client-ca") if not query.get(name)]
+    unknown = [name for name in query if name not in ("cert", "key", "client-ca")]
+    if missing or unknown:
+        fault = f"lacks {', '.join(missing)}" if missing else f"has an unknown parameter {quote(unknown[0])}"
+        raise ConfigurationError(f"frontend {quote(url)} {fault}: write https://HOST:PORT?cert=F&key=F&client-ca=F")
+    return HttpsFrontend(host, port, query["cert"], query["key"], query["client-ca"])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
