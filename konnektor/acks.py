@@ -31,7 +31,7 @@ class Acks:
         self._bytes += size
         if self._bytes >= self._threshold:
             self.due = True
-        elif self.due_at == math.inf:
+        elif not self.due and self.due_at == math.inf:
             self.due_at = now + self._delay
 
     def check(self, now: float) -> None:

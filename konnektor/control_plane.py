@@ -399,9 +399,8 @@ class ControlPlane:
         old = self._workers.get(name)
         if old is not None and not old.closed:
             assert old.peer_settings is not None
-            now = asyncio.get_running_loop().time()
             same_process = bool(settings.instance) and settings.instance == old.peer_settings.instance
-            if not same_process and old.silent_for(now) < DEAD_AFTER:
+            if not same_process and old.silent_for < DEAD_AFTER:
                 logger.warning(
                     "refused worker %s at %s: another process of that name is connected from %s",
                     name, _where(session), _where(old),

@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
+import time
 from collections.abc import Callable
 from typing import Final, cast
 
+from konnektor.errors import Code
 from konnektor.mux import Mux
 from konnektor.scratch import Scratch, scratch
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "clock"]
+
+clock: Final = time.monotonic
+"""The time for the multiplexer. The same scale as the loop's own, but uvloop's moves once a turn, by milliseconds:
+too coarse to measure a round trip."""
 
 WRITE_HIGH: Final = 128 * 1024
 NOTSENT_LOWAT: Final = 128 * 1024
 CLOSE_TIMEOUT: Final = 5.0
+
+logger: Final = logging.getLogger("konnektor.driver")
 
 
 class Driver(asyncio.BufferedProtocol):
@@ -83,18 +92,33 @@ class Driver(asyncio.BufferedProtocol):
 
     def _timeout(self) -> None:
         self._timer = None
-        self.mux.handle_timeout(self._loop.time())
+        try:
+            self.mux.handle_timeout(clock())
+        except Exception as error:
+            self._fail(error)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        mux, transport, time = self.mux, self.transport, self._loop.time
+        mux, transport = self.mux, self.transport
         if transport is None:
             return
-        while mux.awake and not self._paused:
-            data = mux.data_to_send(time())
-            if not data:
-                break
-            transport.write(data)
+        try:
+            while mux.awake and not self._paused:
+                data = mux.data_to_send(clock())
+                if not data:
+                    break
+                transport.write(data)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """A defect, in the multiplexer or in a sink: this session ends, others do not."""
+        logger.error("internal error", exc_info=error)
+        try:
+            self.mux.close(Code.INTERNAL, "internal error")
+        except Exception:
+            logger.exception("internal error while closing")
+            self.abort()
 
     def close(self) -> None:
         """Writes what is left (the CLOSE frame), then closes the transport; a peer that never reads is cut off."""
@@ -146,8 +170,10 @@ class Driver(asyncio.BufferedProtocol):
         size = len(self._rest) + nbytes
         shared.busy = True
         try:
-            used = self.mux.receive(shared.view[:size], self._loop.time())
+            used = self.mux.receive(shared.view[:size], clock())
             self._rest = bytes(shared.view[used:size]) if used < size else b""
+        except Exception as error:
+            self._fail(error)
         finally:
             shared.busy = False
             self._scratch = None

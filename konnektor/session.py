@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 import anyio
 import anyio.abc
 
-from konnektor.driver import Driver
+from konnektor.driver import Driver, clock
 from konnektor.errors import (
     Code,
     HandshakeError,
@@ -165,7 +165,7 @@ class Session:
             self.limits,
             settings or Settings.of(self.limits, software=SOFTWARE, instance=INSTANCE),
             nonce=os.urandom(32),
-            now=loop.time(),
+            now=clock(),
         )
         self._driver.mux = self._mux
 
@@ -303,7 +303,7 @@ class Session:
             request.name,
             request.encode(),
             sink,
-            now=asyncio.get_running_loop().time(),
+            now=clock(),
             priority=request.priority if priority is None else priority,
             deadline=deadline,
         )
@@ -346,9 +346,10 @@ class Session:
         """Streams open now."""
         return len(self._mux.streams)
 
-    def silent_for(self, now: float) -> float:
+    @property
+    def silent_for(self) -> float:
         """Seconds since the peer was last heard."""
-        return now - self._mux.received_at
+        return clock() - self._mux.received_at
 
     def stats(self) -> SessionStats:
         """Counters as they are now."""
@@ -388,7 +389,7 @@ class Session:
 
     def start_drain(self, grace: float, reason: str = "") -> None:
         """As ``drain``, without waiting."""
-        self._mux.drain(grace, asyncio.get_running_loop().time(), reason=reason)
+        self._mux.drain(grace, clock(), reason=reason)
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         """Ends the session now, without waiting: every stream breaks with SessionLost, CLOSE says why."""

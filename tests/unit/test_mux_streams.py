@@ -569,7 +569,7 @@ def test_deadline_of_the_opener():
 
 def test_the_opener_waits_two_round_trips_beyond_its_deadline():
     pair = Pair()
-    pair.client.mux.flight.on_rtt(0.5, pair.now)
+    pair.client.mux.flight.rtt = 0.5
     pair.server.blocked = True
     stream = pair.client.open(deadline=2.0)
     pair.sleep(2.8)
