@@ -7,6 +7,7 @@ What one program takes for a name and the next for an address (``127.1``, ``0x7f
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, NamedTuple, TypeAlias
 
@@ -64,6 +65,7 @@ def quote(text: str) -> str:
     return ascii(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
 
 
+@lru_cache(maxsize=1024)
 def parse_host(text: str) -> IPAddress | str:
     """An address, or a DNS name in lower case without its trailing dot.
 

@@ -32,6 +32,7 @@ from konnektor.reloading import ReloadingContext
 from konnektor.router import Route, Router, granted_routes, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Handlers, Session, SessionStats
 from konnektor.settings import Settings
+from konnektor.socket_transport import SocketTransport
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp
 from konnektor.targets import tcp_handler
@@ -310,15 +311,13 @@ class ControlPlane:
         def refused(error: KonnektorError) -> None:
             logger.warning("forward %s: %s", forward, error)
 
+        def accepted(sock: socket.socket, _address: Any) -> None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            SocketTransport(sock, forward_protocol(choose, request, refused))
+
         sockets = await bind_tcp(forward.listen_host, forward.listen_port)
-        loop = asyncio.get_running_loop()
-        name = bound_name(sockets[0])
-        for sock in sockets:
-            server = await loop.create_server(
-                lambda: forward_protocol(choose, request, refused), sock=sock, backlog=BACKLOG
-            )
-            self._servers.append(server)
-        return name
+        self._acceptors += [Acceptor(sock, accepted) for sock in sockets]
+        return bound_name(sockets[0])
 
     async def add_frontend(self, frontend: HttpFrontend | UnixFrontend | HttpsFrontend) -> str:
         """Serves HTTP CONNECT. Returns the address or path as bound.

@@ -94,7 +94,7 @@ class Driver(asyncio.BufferedProtocol):
         self._timer = None
         try:
             self.mux.handle_timeout(clock())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._fail(error)
 
     def _flush(self) -> None:
@@ -108,7 +108,7 @@ class Driver(asyncio.BufferedProtocol):
                 if not data:
                     break
                 transport.write(data)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -118,20 +118,30 @@ class Driver(asyncio.BufferedProtocol):
             self.mux.close(Code.INTERNAL, "internal error")
         except Exception:
             logger.exception("internal error while closing")
+        if self._close_timer is None:
+            # The end itself failed: nothing else would end the connection.
             self.abort()
 
     def close(self) -> None:
-        """Writes what is left (the CLOSE frame), then closes the transport; a peer that never reads is cut off."""
+        """Writes what is left (the CLOSE frame), then ends the connection; a peer that never reads is cut off.
+
+        What the peer still sends is read and discarded until its EOF: a socket that is closed over unread bytes resets
+        the connection, and that may destroy the CLOSE on its way. Under TLS the exchange of close_notify does this.
+        """
         transport = self.transport
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if transport is None or self._close_timer is not None:
             return
+        self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
         self._paused = False
         self._flush()
-        self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
-        transport.close()
+        if self.mux.hello_received and transport.can_write_eof() and not transport.is_closing():
+            with contextlib.suppress(OSError):
+                transport.write_eof()
+        else:
+            transport.close()
 
     def abort(self) -> None:
         """Drops the connection."""
@@ -151,7 +161,14 @@ class Driver(asyncio.BufferedProtocol):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 # What is not sent yet should wait in the scheduler, not in the kernel.
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25), NOTSENT_LOWAT)
-        self._on_connected(transport)
+        if self.mux.error is not None:
+            # Given up while connecting.
+            transport.abort()
+            return
+        try:
+            self._on_connected(transport)
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
         if self.mux.awake:
             self.output_pending()
 
@@ -172,7 +189,7 @@ class Driver(asyncio.BufferedProtocol):
         try:
             used = self.mux.receive(shared.view[:size], clock())
             self._rest = bytes(shared.view[used:size]) if used < size else b""
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._fail(error)
         finally:
             shared.busy = False
@@ -195,4 +212,7 @@ class Driver(asyncio.BufferedProtocol):
             if timer is not None:
                 timer.cancel()
         self._timer = None
-        self._on_lost(exc)
+        try:
+            self._on_lost(exc)
+        except Exception:
+            logger.exception("internal error while closing")

@@ -131,20 +131,22 @@ class Liveness:
             self.heard_at = now - silence
             self._judging = False
             self._progress_at = max(self._progress_at, now)
-        if now - self._progress_at >= STUCK and self.heard_at > self._progress_at:
+        # Sums are compared, not differences: due must lie ahead whatever the rounding.
+        if now >= self._progress_at + STUCK and self.heard_at > self._progress_at:
             return f"the peer has acknowledged nothing for {now - self._progress_at:.0f} s"
-        quiet = now - self.heard_at
-        if quiet < silence:
-            self.due = self.heard_at + silence
-        elif quiet < silence + patience:
+        ping_at = self.heard_at + silence
+        dead_at = ping_at + patience
+        if now < ping_at:
+            self.due = ping_at
+        elif now < dead_at:
             if self._ping_sent_at is None:
                 self.ping_due = True
-            self.due = self.heard_at + silence + patience
+            self.due = dead_at
         elif not self._judging:
             self._judging = True
             self.due = now + JUDGING
         else:
-            return f"the peer has been silent for {quiet:.0f} s"
+            return f"the peer has been silent for {now - self.heard_at:.0f} s"
         if self._progress_at + STUCK > now:
             self.due = min(self.due, self._progress_at + STUCK)
         return None

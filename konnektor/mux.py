@@ -458,13 +458,20 @@ class Mux:
         for stream, _ in streams:
             stream.end()
             stream.retired = True
+        defect: Exception | None = None
         for stream, wanted in streams:
-            stream.lost(error, wanted)
+            try:
+                stream.lost(error, wanted)
+            except Exception as raised:  # noqa: BLE001
+                # A sink's defect must not keep the end from the other sinks, nor from the driver.
+                defect = defect or raised
         self._awake = False
         if close is not None:
             self._close_frame = close.encode()
             self.wake()
         self.handler.session_closed(error)
+        if defect is not None:
+            raise defect
 
     # What streams and the other parts ask
 
@@ -519,6 +526,7 @@ class Mux:
         """Forgets the stream if both halves have ended."""
         if stream.receiving is Receiving.ENDED and stream.sending is Sending.ENDED and not stream.forgotten:
             stream.forgotten = True
+            stream.room_wanted = False
             del self.streams[stream.id]
             self.unwatch(stream)
             stream.sink.closed()

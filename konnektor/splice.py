@@ -19,6 +19,7 @@ from typing import Final, cast
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
 from konnektor.scratch import scratch
+from konnektor.socket_transport import SocketTransport
 from konnektor.states import Receiving, Sending
 from konnektor.stream import Inbox, Stream
 
@@ -90,7 +91,7 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.write(bytes(data))
+        transport.write(data if type(transport) is SocketTransport else bytes(data))
         if self._paused:
             self._held += size
         else:
@@ -264,7 +265,7 @@ async def splice(
 
     joint.on_connected = join
     try:
-        await asyncio.get_running_loop().create_connection(lambda: joint.local, sock=sock)
+        SocketTransport(sock, joint.local)
     except BaseException:
         if joint.transport is None:
             sock.close()

@@ -13,7 +13,7 @@ is yours, and needs no registry::
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self, dataclass_transform
 
 import msgspec
 
@@ -24,7 +24,17 @@ __all__ = ["StreamType", "Tcp"]
 _NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
 
 
-class StreamType(msgspec.Struct, frozen=True, kw_only=False, omit_defaults=True):
+if TYPE_CHECKING:
+
+    @dataclass_transform(field_specifiers=(msgspec.field,))
+    class _Meta(msgspec.StructMeta):
+        """PEP 681: what names this as its metaclass is neither frozen nor not; subclasses need not say ``frozen``."""
+
+else:
+    _Meta = type(msgspec.Struct)
+
+
+class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=True):
     """Base of all stream types.
 
     Fields that a peer does not know are ignored, and missing ones take their defaults, so a type can grow.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,27 +23,30 @@ async def memory_session_pair(
     client_limits: Limits | None = None,
     server_limits: Limits | None = None,
 ) -> AsyncIterator[tuple[Session, Session]]:
-    """``async with memory_session_pair() as (client, server)``: two sessions of this process, joined to each other.
+    """Two sessions of this process, joined to each other: ``async with memory_session_pair() as (client, server)``.
 
     They run the real driver over a socket pair of the kernel's, in plaintext: backpressure, scheduling and errors
-    are the real ones; only certificates and ports are missing. Leaving closes both.
+    are the real ones; only certificates and ports are missing. Leaving closes both; cancelling is safe.
 
     Args:
         client_handlers, server_handlers: what each side serves; more can be added to ``session.handlers``.
         client_limits, server_limits: each side's limits.
     """
+    client = Session("client", handlers=client_handlers, limits=client_limits)
+    server = Session("server", handlers=server_handlers, limits=server_limits)
     ours, theirs = socket.socketpair()
-    sessions: list[Session] = []
-
-    async def client() -> None:
-        sessions.append(await Session.client(ours, handlers=client_handlers, limits=client_limits))
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(client)
-        server = await Session.server(theirs, handlers=server_handlers, limits=server_limits)
+    loop = asyncio.get_running_loop()
     try:
-        yield sessions[0], server
+        await loop.create_connection(client.protocol, sock=ours)
+        await loop.create_connection(server.protocol, sock=theirs)
+        await client.wait_established()
+        await server.wait_established()
+        yield client, server
     finally:
+        client.close()
+        server.close()
         with anyio.CancelScope(shield=True):
-            await sessions[0].aclose()
-            await server.aclose()
+            await client.wait_closed()
+            await server.wait_closed()
+        ours.close()
+        theirs.close()

@@ -82,7 +82,8 @@ class Side:
         self.timer = None
         self.on_open = None
         self.auto = True
-        self.on = {}
+        self.on = {}  # the handler's own events
+        self.sink_on = {}  # those of the sinks of streams that the peer opens
         self.wire = bytearray()  # rendered, not yet delivered to the peer
         self.blocked = False  # the transport takes nothing
         self.rest = b""
@@ -104,7 +105,7 @@ class Side:
         self._event("hello")
 
     def stream_opened(self, stream):
-        sink = stream.sink = Recorder(auto=self.auto, on=dict(self.on))
+        sink = stream.sink = Recorder(auto=self.auto, on=dict(self.sink_on))
         sink.stream = stream
         self.opened.append(stream)
         self.all.append(stream)

@@ -203,6 +203,9 @@ class MuxModel(RuleBasedStateMachine):
             # A deadline may pass on either end.
             if stream.sending in (Sending.UNSENT, Sending.UNDECIDED) or stream.receiving.name == "AWAITING":
                 self.break_both(stream)
+        if seconds > 1:
+            # Blocked for longer a side would rightly be taken for dead.
+            self.unblock()
         self.pair.sleep(seconds)
 
     @rule(who=st.integers(0, 1))
@@ -210,6 +213,11 @@ class MuxModel(RuleBasedStateMachine):
         """The transport takes nothing for a while."""
         side = self.pair.sides[who]
         side.blocked = not side.blocked
+
+    def unblock(self):
+        for side in self.pair.sides:
+            side.blocked = False
+            side.pending = side.pending or side.mux.awake
 
     @precondition(lambda self: len(self.halves) > 4)
     @rule(who=st.integers(0, 1), grace=st.sampled_from([0.0, 1.0, 100.0]))
@@ -231,9 +239,7 @@ class MuxModel(RuleBasedStateMachine):
 
     def teardown(self):
         pair = self.pair
-        for side in pair.sides:
-            side.blocked = False
-            side.pending = side.pending or side.mux.awake
+        self.unblock()
         # Everybody reads, and whoever was asked answers.
         for _ in range(30):
             pair.pump([30_000])

@@ -1,0 +1,181 @@
+"""README.md does what it says: its console and Python blocks run, in order, in an empty directory.
+
+A console block whose output begins with ``ready`` is an endpoint, and runs to the end of the test. ``...`` in an output
+stands for anything. ``make demo`` and ``make test`` are run by their own tests.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BIN = Path(sys.executable).parent
+PORTS = ("8443", "8080", "8000")
+WITHIN = 20
+
+
+def console(block):
+    """The commands of a block, and the output that it shows."""
+    joined = block.replace("\\\n", " ")
+    commands = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+    return commands, [line for line in joined.splitlines() if not line.startswith("$ ")]
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def ports():
+    """Free ports for those that README names."""
+    with contextlib.ExitStack() as sockets_of_all:
+        sockets = [sockets_of_all.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in PORTS]
+        return {old: str(sock.getsockname()[1]) for old, sock in zip(PORTS, sockets, strict=True)}
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Starts a shell command in the directory of the test; all that still runs is ended, with its children."""
+    no_proxy = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    env = {**no_proxy, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS": "error"}
+    running = []
+
+    def start(command, stderr=subprocess.STDOUT):
+        process = subprocess.Popen(
+            ["sh", "-ec", command],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def first_line(process):
+    watchdog = threading.Timer(WITHIN, process.kill)
+    watchdog.start()
+    try:
+        return process.stdout.readline().rstrip("\n")
+    finally:
+        watchdog.cancel()
+        watchdog.join()
+
+
+def wait_for_port(port):
+    for _ in range(WITHIN * 20):
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", int(port)), 0.5):
+            return
+        threading.Event().wait(0.05)
+    pytest.fail(f"nothing listens on port {port}")
+
+
+def matches(output, expected):
+    pattern = "\n".join(re.escape(line) if line != "..." else "(?s:.*)" for line in expected)
+    return re.fullmatch(pattern, output.rstrip("\n"))
+
+
+@pytest.mark.needs_tool("curl")
+def test_blocks_run_in_order(shell, ports, tmp_path, stack):
+    ran = 0
+    log = stack.enter_context((tmp_path / "log").open("w"))
+    for language, text in BLOCKS:
+        block = re.sub(rf"(?<=[: ])({'|'.join(PORTS)})\b", lambda port: ports[port[0]], text)
+        if language == "console":
+            commands, expected = console(block)
+            if commands[0].startswith("make "):
+                continue
+            if expected and expected[0].startswith("ready "):
+                assert first_line(shell(f"exec {commands[0]}", log)) == expected[0]
+            else:
+                for command in commands:
+                    if command.endswith("&"):
+                        shell(f"exec {command.removesuffix('&')}")
+                        wait_for_port(ports["8000"])
+                        continue
+                    output, _ = (process := shell(command)).communicate(timeout=WITHIN)
+                    assert process.returncode == 0, output
+                    if expected:
+                        assert matches(output, expected), output
+        elif language == "python":
+            (tmp_path / "program.py").write_text(block)
+            output, _ = (process := shell("python -X dev program.py")).communicate(timeout=WITHIN)
+            assert process.returncode == 0, output
+            assert "HTTP/1.0 200 OK" in output and (tmp_path / "pki" / "ca.pem").read_text() in output.replace("\r", "")
+        else:
+            continue
+        ran += 1
+    assert ran == 5
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for language, block in BLOCKS:
+        if language == "console":
+            for command in console(block)[0]:
+                if command.startswith("make "):
+                    assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_embedding_takes_twelve_lines():
+    (program,) = [block for language, block in BLOCKS if language == "python"]
+    assert len([line for line in program.splitlines() if line]) <= 12
+
+
+def test_every_flag_is_on_the_screen_and_every_flag_there_exists():
+    from konnektor.cli.main import cli
+
+    (screen,) = [block for language, block in BLOCKS if language == "text"]
+    both = next(line for line in screen.splitlines() if line.startswith("both:"))
+    sections = re.split(r"^(?=konnektor |both:)", screen, flags=re.MULTILINE)
+    for words in (["pki", "init"], ["pki", "issue"], ["control-plane"], ["worker"], ["demo"]):
+        command = cli
+        for word in words:
+            command = command.commands[word]
+        (section,) = [text for text in sections if re.sub(" +", " ", text).startswith(f"konnektor {' '.join(words)} ")]
+        if words in (["control-plane"], ["worker"]):
+            section += both
+        # Of an option with several spellings, one is enough. Another command's in an explanation is not meant.
+        shown = set(re.findall(r"(?<![\w-])--?[a-z][-a-z]*", re.sub(r"(that|as) .*", "", section)))
+        known = [set(option.opts) for option in command.params]
+        assert all(shown & spellings for spellings in known), words
+        assert shown <= set().union(*known), words
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(document):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            path = (ROOT / document).parent / file if file else ROOT / document
+            assert path.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+                assert anchor in slugs, target

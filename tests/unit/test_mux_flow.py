@@ -1,0 +1,279 @@
+"""Flow control and memory: stalled streams, peers that do not read, many streams, and the cap on bytes in flight."""
+
+import pytest
+
+from konnektor.errors import Code
+from konnektor.frames import HEADER_SIZE, Credit, Data, FrameType, scan
+from konnektor.limits import KIB, MIB, Limits
+from tests.pair import Pair
+from tests.unit.test_mux_streams import frames_of
+
+
+def move(pair, seconds=0.0):
+    pair.pump()
+    pair.sleep(seconds)
+
+
+def test_255_stalled_streams_and_one_that_proceeds():
+    limits = Limits(initial_streams=256, initial_window=32 * KIB, receive_pool=32 * MIB)
+    pair = Pair(limits)
+    stalled = [pair.open(auto=False) for _ in range(255)]
+    ours, theirs = pair.open()
+    for mine, _ in stalled:
+        mine.write(b"s" * MIB)
+    ours.write(b"x" * 4 * MIB)
+    ours.finish()
+    move(pair, 1)
+    assert len(theirs.sink.data) == 4 * MIB
+    assert theirs.sink.kinds[-1] == "eof"
+    assert all(len(their.sink.data) <= 32 * KIB for _, their in stalled)
+
+
+def test_stalled_streams_hold_their_reservation_however_wide_they_were():
+    limits = Limits(initial_streams=64, initial_window=16 * KIB, receive_pool=4 * MIB)
+    pair = Pair(limits)
+    streams = [pair.open() for _ in range(64)]
+    for mine, _ in streams:
+        mine.write(b"x" * MIB)
+    pair.pump()
+    pool = pair.server.mux.pool
+    assert pool.free >= 0
+    for _, theirs in streams:
+        theirs.sink.auto = False
+    for mine, _ in streams[1:]:
+        mine.write(b"y" * MIB)
+    pair.pump()
+    streams[0][1].sink.auto = True
+    streams[0][0].write(b"z" * MIB)
+    pair.pump()
+    assert len(streams[0][1].sink.data) == 2 * MIB
+
+
+def test_ten_thousand_streams():
+    limits = Limits(initial_streams=10_000, initial_window=16 * KIB, receive_pool=512 * MIB)
+    pair = Pair(limits)
+    for side in pair.sides:
+        side.check = lambda: None  # the books of 10,000 streams after each step would take minutes
+    pair.server.on_open = lambda stream: stream.accept()
+    streams = [pair.client.open() for _ in range(10_000)]
+    pair.pump()
+    assert len(pair.client.mux.streams) == len(pair.server.mux.streams) == 10_000
+    for stream in streams:
+        stream.write(b"hello")
+    pair.pump()
+    for stream in pair.server.opened:
+        assert stream.sink.data == b"hello"
+        stream.write(bytes(stream.sink.data))
+        stream.finish()
+        stream.release()
+    for stream in streams:
+        stream.finish()
+    pair.pump()
+    assert all(stream.sink.data == b"hello" and stream.forgotten for stream in streams)
+    for side in pair.sides:
+        del side.check
+    pair.assert_empty()
+
+
+def test_idle_streams_hold_no_buffers():
+    pair = Pair()
+    ours, _ = pair.open()
+    ours.write(b"x" * 1000)
+    pair.pump()
+    assert ours._queue is None
+
+
+def test_a_peer_that_never_reads_leaves_memory_flat():
+    """Whatever the peer asks, what is kept to answer does not grow."""
+    pair = Pair()
+    ours, theirs = pair.open()
+    pair.pump()
+    pair.server.blocked = True
+    mux = pair.server.mux
+    for n in range(2000):
+        ping = HEADER_SIZE.to_bytes(1, "big")[:0] + b"\x44\0\0\x08\0\0\0\0" + n.to_bytes(8, "big")
+        pair.client.inject(ping, Data(ours.id, b"x"), Credit(ours.id, n), b"\x80\0\0\x02\0\0\0\x01\0\x05")
+        theirs.prioritize(n % 3)
+    assert len(mux.control) <= 1
+    assert len(mux.flight._sizes) < 10
+    theirs.write(b"y" * 100_000)
+    assert pair.server.wire == b""
+    pair.server.blocked = False
+    pair.server.mux.wake()
+    pair.server.pending = True
+    pair.server.flush()
+    controls = [frame for frame, _ in scan(bytes(pair.server.wire)) if not isinstance(frame, Data)]
+    assert len(controls) <= 5
+    assert len([f for f in controls if isinstance(f, Credit)]) <= 1
+
+
+def test_a_peer_that_never_acknowledges_stops_the_data():
+    pair = Pair(server_limits=Limits(initial_window=16 * MIB, initial_streams=8, receive_pool=256 * MIB))
+    ours, _ = pair.open()
+    pair.sleep(1)
+    ours.write(b"x" * 8 * MIB)
+    pair.client.flush()
+    flight = pair.client.mux.flight
+    assert flight.cap(pair.now) <= flight.in_flight <= flight.cap(pair.now) + 64 * KIB
+    small, _ = pair.client.open(), None
+    small.write(b"!")
+    before = len(pair.client.wire)
+    pair.client.flush()
+    assert any(isinstance(f, Data) and bytes(f.payload) == b"!" for f in frames_of(pair.client))
+    assert len(pair.client.wire) - before < 1000
+    pair.pump()
+    assert len(pair.server.opened[0].sink.data) == 8 * MIB
+
+
+def test_frames_never_exceed_what_the_peer_takes():
+    """Neither while the cap on bytes in flight lets only small streams through."""
+    pair = Pair(server_limits=Limits(max_frame=16_376, initial_window=MIB, initial_streams=8, receive_pool=64 * MIB))
+    ours, theirs = pair.open()
+    other, _ = pair.open()
+    ours.write(b"x" * MIB)
+    pair.client.flush()
+    other.write(b"y" * 100_000)
+    pair.client.flush()
+    sizes = {len(f.payload) for f in frames_of(pair.client) if isinstance(f, Data)}
+    assert max(sizes) == 16_376
+    pair.pump()
+    assert pair.server.error is None
+    assert len(theirs.sink.data) == MIB
+
+
+def test_blocked_is_said_once_per_credit():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * 20_000)
+    pair.client.flush()
+    ours.write(b"y")
+    ours.write(b"y" * 5000)
+    pair.client.flush()
+    blocked = [f for f in frames_of(pair.client) if isinstance(f, Data) and f.flags == 2]
+    assert len(blocked) == 1
+    pair.pump()
+    theirs.consumed(16 * KIB)
+    pair.pump()
+    assert len(theirs.sink.data) == 25_001
+    assert theirs.receive_window.size > 16 * KIB
+
+
+def test_blocked_without_a_byte():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * (16 * KIB - 500))
+    pair.pump()
+    ours.write(b"y" * 600)
+    assert frames_of(pair.client)[-1] == Data(1, b"", 2)
+    pair.pump()
+    theirs.consumed(16 * KIB)
+    pair.pump()
+    assert len(theirs.sink.data) == 16 * KIB + 100
+
+
+def test_a_crumb_of_credit_is_answered_by_blocked_again():
+    pair = Pair()
+    ours, _ = pair.open(auto=False)
+    ours.write(b"x" * 20_000)
+    pair.pump()
+    pair.server.inject(Credit(1, 16 * KIB + 10))
+    assert frames_of(pair.client) == [Data(1, b"", 2)]
+    pair.server.inject(Credit(1, 16 * KIB + 10))
+    assert frames_of(pair.client) == [Data(1, b"", 2)]
+
+
+def test_fin_needs_no_credit():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * 16 * KIB)
+    pair.pump()
+    ours.finish()
+    pair.pump()
+    assert theirs.sink.kinds[-1] == "eof"
+
+
+def test_fin_waits_behind_blocked_data():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * 30_000)
+    ours.finish()
+    pair.pump()
+    assert theirs.sink.kinds[-1] == "data"
+    theirs.consumed(20_000)
+    pair.pump()
+    assert theirs.sink.kinds[-1] == "eof" and len(theirs.sink.data) == 30_000
+
+
+def test_consuming_more_than_came_counts_once():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * 100)
+    pair.pump()
+    theirs.consumed(1000)
+    theirs.consumed(1000)
+    assert theirs.receive_window.consumed == 100
+
+
+def test_writable_once_per_wish():
+    pair = Pair()
+    ours, theirs = pair.open(auto=False)
+    ours.write(b"x" * 40_000)
+    ours.want_room(25_000)
+    pair.pump()
+    assert ours.queued == 40_000 - 16 * KIB
+    assert ours.sink.kinds == ["accepted", "writable"]
+    theirs.consumed(16 * KIB)
+    pair.pump()
+    assert ours.sink.kinds == ["accepted", "writable"]
+
+
+def test_no_writable_after_the_end():
+    pair = Pair()
+    ours, theirs = pair.open()
+    theirs.finish()
+    pair.pump()
+    ours.write(b"x")
+    ours.want_room()
+    ours.finish()
+    pair.pump()
+    assert ours.sink.kinds == ["accepted", "eof", "closed"]
+
+
+def test_interactive_passes_bulk():
+    pair = Pair(Limits(initial_window=4 * MIB, initial_streams=8, receive_pool=256 * MIB))
+    bulk = [pair.open(priority=2)[0] for _ in range(4)]
+    key, _ = pair.open(priority=0)
+    for stream in bulk:
+        stream.write(b"x" * 4 * MIB)
+    for _ in range(8):
+        pair.client.mux.data_to_send(pair.now)
+    key.write(b"k")
+    batch = pair.client.mux.data_to_send(pair.now)
+    first = next(frame for frame, _ in scan(batch) if isinstance(frame, Data))
+    assert bytes(first.payload) == b"k"
+
+
+def test_control_takes_at_most_its_share_of_a_batch():
+    pair = Pair(Limits(initial_streams=1000, initial_window=16 * KIB, receive_pool=64 * MIB))
+    ours, theirs = pair.open()
+    theirs.write(b"x" * 16_000)
+    for _ in range(900):
+        pair.client.open()
+    pair.client.flush()
+    pair.client.deliver()
+    for stream in pair.server.opened[1:]:
+        stream.accept(b"h" * 100)
+    batch = pair.server.mux.data_to_send(pair.now)
+    kinds = [type(frame) for frame, _ in scan(batch)]
+    assert Data in kinds
+    assert sum(kind is not Data for kind in kinds) * 112 < 32 * KIB
+    pair.pump()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FrameType if kind not in (FrameType.HELLO, FrameType.CLOSE)])
+def test_nothing_before_hello(kind):
+    pair = Pair(hello=False)
+    length = {0x80: 2, 0x41: 60, 0x42: 40, 0x45: 16, 0x05: 4, 0x08: 12, 0x04: 12, 0x01: 3, 0x02: 0}.get(kind, 8)
+    stream = 0 if 0x40 <= kind < 0x46 or kind in (7, 8) else 1
+    pair.client.inject(bytes([kind, 0, 0, length]) + stream.to_bytes(4, "big") + bytes(length))
+    assert pair.server.error.code == Code.PROTOCOL

@@ -1,0 +1,128 @@
+"""The order of sending: shares, fresh streams ahead, nobody starved."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from konnektor.scheduler import BUCKET, FRESH, FRESH_RUN, IDLE, QUANTUM, REFILL, WAITING, Scheduler
+
+
+class Flow:
+    def __init__(self, priority=1, weight=1):
+        self.place = IDLE
+        self.deficit = 0
+        self.spent = self.spent_at = 0.0
+        self.priority = priority
+        self.weight = weight
+
+
+def run(scheduler, size, turns, now=0.0):
+    """Serves ``turns`` frames of ``size`` to flows that always have more."""
+    sent = Counter()
+    for _ in range(turns):
+        flow = scheduler.next()
+        sent[flow] += size
+        scheduler.charge(flow, size, now)
+    return sent
+
+
+def test_empty():
+    scheduler = Scheduler()
+    assert not scheduler and len(scheduler) == 0
+    assert scheduler.next() is None and scheduler.next(fresh_only=True) is None
+
+
+def test_a_fresh_stream_goes_ahead():
+    scheduler = Scheduler()
+    bulk, small = Flow(), Flow()
+    scheduler.add(bulk)
+    run(scheduler, 65_536, 2)
+    assert bulk.place == WAITING and not scheduler.contended
+    scheduler.add(small)
+    scheduler.add(small)
+    assert scheduler.contended and len(scheduler) == 2
+    assert scheduler.next() is scheduler.next(fresh_only=True) is small
+    scheduler.finish(small, 100, 0.0)
+    assert small.place == IDLE
+    assert scheduler.next(fresh_only=True) is None
+    assert scheduler.next() is bulk
+    scheduler.finish(bulk, 0, 0.0)
+    assert not scheduler
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 65_536])
+def test_shares_of_classes_and_weights(size):
+    scheduler = Scheduler()
+    flows = [Flow(0), Flow(1), Flow(2), Flow(2, 3)]
+    for flow in flows:
+        flow.spent = BUCKET
+        scheduler.add(flow)
+    sent = run(scheduler, size, 64 * 2**20 // size)
+    total = sum(sent.values())
+    for flow, share in zip(flows, (8, 4, 1, 3), strict=True):
+        assert sent[flow] / total == pytest.approx(share / 16, rel=0.05)
+
+
+def test_a_bulky_stream_stays_behind_however_often_it_runs_dry():
+    scheduler = Scheduler()
+    greedy = Flow()
+    for _ in range(3):
+        scheduler.add(greedy)
+        assert scheduler.next() is greedy
+        scheduler.finish(greedy, 32 * 1024, 0.0)
+    scheduler.add(greedy)
+    assert greedy.place == WAITING
+    scheduler.finish(scheduler.next(), 0, 0.0)
+    scheduler.next()
+    # ... until the bucket has refilled
+    scheduler.add(greedy)
+    scheduler.finish(scheduler.next(), 1, 2 * BUCKET / REFILL)
+    scheduler.add(greedy)
+    assert greedy.place == FRESH
+
+
+def test_fresh_streams_together_cannot_starve_a_bulky_one():
+    scheduler = Scheduler()
+    bulk = Flow(2)
+    bulk.spent = BUCKET
+    scheduler.add(bulk)
+    served = 0
+    sent = 0
+    while sent < 16 * FRESH_RUN:
+        small = Flow(0)
+        scheduler.add(small)
+        flow = scheduler.next()
+        sent += 1000
+        if flow is bulk:
+            served += 1
+            scheduler.charge(bulk, 1000, 0.0)
+        else:
+            scheduler.finish(flow, 1000, 0.0)
+    assert served >= 15
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 255)), min_size=2, max_size=8),
+    st.lists(st.tuples(st.integers(0, 7), st.integers(1, 65_536), st.booleans()), max_size=200),
+)
+def test_nobody_waits_for_ever(kinds, steps):
+    """Whatever the others do, everyone who wants a turn has one within bounded bytes."""
+    scheduler = Scheduler()
+    flows = [Flow(*kind) for kind in kinds]
+    victim = flows[0]
+    victim.spent = BUCKET
+    scheduler.add(victim)
+    waited = 0
+    bound = 2 * FRESH_RUN + sum((8, 4, 1)[f.priority] * f.weight * QUANTUM + 65_536 for f in flows) * 5
+    for index, size, more in [*steps, *[(1, 65_536, True)] * 3]:
+        scheduler.add(flows[index % len(flows)])
+        flow = scheduler.next()
+        waited = 0 if flow is victim else waited + size
+        assert waited <= bound
+        if more or flow is victim:
+            scheduler.charge(flow, size, 0.0)
+        else:
+            scheduler.finish(flow, size, 0.0)
+        assert len(scheduler) == sum(f.place != IDLE for f in flows)
