@@ -1,7 +1,7 @@
 """Writes what docs/protocol.md takes from the code: the tables and drawings of a stream's states, and the error codes.
 
-    python docs/generate_states.py           # writes docs/protocol.md anew
-    python docs/generate_states.py --check   # exit status 1 if it is out of date
+python docs/generate_states.py           # writes docs/protocol.md anew
+python docs/generate_states.py --check   # exit status 1 if it is out of date
 """
 
 import ast
@@ -10,8 +10,11 @@ import sys
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
 
 from konnektor import errors, states
+
+S = TypeVar("S", states.Receiving, states.Sending)
 
 DOCUMENT = Path(__file__).with_name("protocol.md")
 WORDS = {
@@ -43,15 +46,17 @@ def meanings(kind: type[IntEnum]) -> dict[str, str]:
     return found
 
 
-def machine(kind: type[IntEnum], table: Mapping[tuple[IntEnum, IntEnum], IntEnum], starts: list[str]) -> list[str]:
+def machine(kind: type[S], table: Mapping[tuple[S, states.Event], S], starts: list[str]) -> list[str]:
     """What the states mean, the whole table, and a drawing of what changes the state."""
-    lines = ["| state | meaning |", "|---|---|"]
+    lines: list[str] = ["| state | meaning |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in meanings(kind).items()]
     events = sorted({event for _, event in table})
     lines += ["", "| in | " + " | ".join(map(event_name, events)) + " |", "|---" * (len(events) + 1) + "|"]
     for state in kind:
         cells = [table.get((state, event)) for event in events]
-        lines.append(f"| **{state.name}** | " + " | ".join(cell.name if cell is not None else "" for cell in cells) + " |")
+        lines.append(
+            f"| **{state.name}** | " + " | ".join(cell.name if cell is not None else "" for cell in cells) + " |"
+        )
     lines += ["", "```mermaid", "stateDiagram-v2"]
     lines += [f"    [*] --> {start}" for start in starts]
     moves: dict[tuple[str, str], list[str]] = {}

@@ -26,7 +26,7 @@ clock: Final = time.monotonic
 """The time for the multiplexer. The same scale as the loop's own, but uvloop's moves once a turn, by milliseconds:
 too coarse to measure a round trip."""
 
-WRITE_HIGH: Final = 128 * 1024
+WRITE_HIGH: Final = 256 * 1024
 NOTSENT_LOWAT: Final = 128 * 1024
 CLOSE_TIMEOUT: Final = 5.0
 

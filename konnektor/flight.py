@@ -4,13 +4,13 @@ Theory of operation. Bytes in flight beyond what keeps the path busy only add de
 kernel buffers and at the peer, and whatever is sent later stands behind them. So the sender keeps
 at most ``cap`` bytes unacknowledged:
 
-    cap = max(floor, 2 * rate * (rtt_min + slack))
+    cap = max(floor, gain * rate * (rtt_min + slack))
 
 The rate is the largest recent delivery rate (draft-ietf-ccwg-bbr, "delivery rate samples"): bytes
-acknowledged between the sending of a batch and its ACK, over the time between. The factor 2 lets the cap
-find a faster path, by doubling each round trip. Samples of batches that ended for want of data say
+acknowledged between the sending of a batch and its ACK, over the time between. The gain, 2, lets the cap
+find a faster path by doubling each round trip. Samples of batches that ended for want of data say
 nothing about the path and do not count, unless they are higher. The slack covers the peer's delay in
-acknowledging; it is tight while an interactive stream was active, because then delay matters more.
+acknowledging. Gain and slack are tight while an interactive stream was active, because then delay matters more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ SLACK_LOOSE: Final = 0.002
 RTT_WINDOW: Final = 10.0
 RATE_WINDOW: Final = 0.5
 """Shortest memory of the rate, in seconds; it is ten round trips where that is longer."""
+GAIN_TIGHT: Final = 1.25
+GAIN_LOOSE: Final = 2.0
 INTERACTIVE_FOR: Final = 1.0
+
+CLEAN_FLIGHT: Final = 64 * 1024
+"""A PING sent behind no more than this measures the path rather than our own queue."""
+CLEAN_EVERY: Final = 40
+"""Round trips between PINGs for which the queue is drained: at most a fortieth of the path is idle for it."""
 
 
 class WindowedMax:
@@ -81,8 +88,12 @@ class Flight:
     """
 
     __slots__ = (
+        "_acked_at",
+        "_batched",
         "_batches",
+        "_clean_at",
         "_delivered",
+        "_first_sent_at",
         "_floor",
         "_interactive_at",
         "_rate",
@@ -97,11 +108,15 @@ class Flight:
     def __init__(self, floor: int) -> None:
         self._floor = floor
         self._sizes: deque[int] = deque()
-        self._batches: deque[tuple[int, float, int, bool]] = deque()
+        self._batches: deque[tuple[int, float, int, float, float, bool]] = deque()
+        self._batched = 0
         self._delivered = 0
+        self._acked_at = 0.0
+        self._first_sent_at = 0.0
         self._rate = WindowedMax()
         self._rtt_min = WindowedMin()
         self._interactive_at = float("-inf")
+        self._clean_at = float("-inf")
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
@@ -125,12 +140,30 @@ class Flight:
 
     def on_batch(self, now: float, *, limited: bool) -> None:
         """The frames since the last call were one batch; ``limited`` if it ended for want of data."""
-        if not self._batches or self._batches[-1][0] != self.sent:
-            self._batches.append((self.sent, now, self._delivered, limited))
+        if self._batched == self.sent:
+            return
+        if self.acked >= self._batched:
+            # Nothing was in flight before: the path's clock starts here.
+            self._acked_at = self._first_sent_at = now
+        self._batched = self.sent
+        self._batches.append((self.sent, now, self._delivered, self._acked_at, self._first_sent_at, limited))
 
     def on_interactive(self, now: float) -> None:
         """A small stream was served while bulky ones waited."""
         self._interactive_at = now
+
+    def probe_wanted(self, now: float) -> bool:
+        """Whether bulk should pause until little is in flight, so that a PING can measure the path itself.
+
+        Without it the round trip that is measured under load contains the queue, the cap grows with it, and the
+        queue with the cap (BBR's ProbeRTT is there for the same reason).
+        """
+        return self.in_flight > CLEAN_FLIGHT and now - self._clean_at > CLEAN_EVERY * self.rtt
+
+    def on_ping(self, now: float) -> None:
+        """A PING goes out."""
+        if self.in_flight <= CLEAN_FLIGHT:
+            self._clean_at = now
 
     def on_rtt(self, sample: float, now: float) -> None:
         """A PONG came ``sample`` seconds after its PING."""
@@ -152,8 +185,11 @@ class Flight:
         while batches and batches[0][0] <= seq:
             last = batches.popleft()
         if last is not None:
-            _, sent_at, delivered, limited = last
-            elapsed = now - sent_at
+            _, sent_at, delivered, acked_at, first_sent_at, limited = last
+            self._acked_at = now
+            self._first_sent_at = sent_at
+            # The slower of sending and acknowledging: ACKs that were held up and come together prove no speed.
+            elapsed = max(now - acked_at, sent_at - first_sent_at)
             if elapsed > 0:
                 rate = (self._delivered - delivered) / elapsed
                 if not limited or rate > self.rate:
@@ -161,8 +197,9 @@ class Flight:
 
     def cap(self, now: float) -> int:
         """How many bytes may be in flight at ``now``."""
-        slack = SLACK_TIGHT if now - self._interactive_at < INTERACTIVE_FOR else SLACK_LOOSE
-        return max(self._floor, int(2 * self.rate * (self.rtt_min + slack)))
+        if now - self._interactive_at < INTERACTIVE_FOR:
+            return max(self._floor, int(GAIN_TIGHT * self.rate * (self.rtt_min + SLACK_TIGHT)))
+        return max(self._floor, int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE)))
 
     def frame_limit(self) -> int:
         """Largest DATA payload worth sending: about 8 ms of the rate, at least 4 KiB."""

@@ -196,12 +196,6 @@ def _encode_text(text: str) -> bytes:
     return text.encode("utf-8", "replace")[:MAX_TEXT].decode("utf-8", "ignore").encode()
 
 
-def _decode_text(frame: str, raw: memoryview) -> str:
-    if len(raw) > MAX_TEXT:
-        raise FrameSizeError(f"{frame} with {len(raw)} bytes of text, more than {MAX_TEXT}")
-    return clean_text(raw)
-
-
 _TYPE_NAME = re.compile("[!-~]{1,255}")
 
 
@@ -484,17 +478,17 @@ def _open(_flags: int, stream: int, raw: memoryview) -> Open:
 
 def _refuse(_flags: int, stream: int, raw: memoryview) -> Refuse:
     code, retry_ms = _U32_U32.unpack_from(raw)
-    return Refuse(stream, code, retry_ms, _decode_text("REFUSE", raw[_U32_U32.size :]))
+    return Refuse(stream, code, retry_ms, clean_text(raw[_U32_U32.size :]))
 
 
 def _reset(_flags: int, stream: int, raw: memoryview) -> Reset:
     code, final_offset = _RESET_BODY.unpack_from(raw)
-    return Reset(stream, code, final_offset, _decode_text("RESET", raw[_RESET_BODY.size :]))
+    return Reset(stream, code, final_offset, clean_text(raw[_RESET_BODY.size :]))
 
 
 def _goaway(_flags: int, _stream: int, raw: memoryview) -> Goaway:
     last_id, code, grace_ms = _GOAWAY_BODY.unpack_from(raw)
-    return Goaway(last_id, code, grace_ms, _decode_text("GOAWAY", raw[_GOAWAY_BODY.size :]))
+    return Goaway(last_id, code, grace_ms, clean_text(raw[_GOAWAY_BODY.size :]))
 
 
 def _hello(_flags: int, _stream: int, raw: memoryview) -> Hello:
@@ -508,7 +502,7 @@ def _hello(_flags: int, _stream: int, raw: memoryview) -> Hello:
 
 def _close(_flags: int, _stream: int, raw: memoryview) -> Close:
     (code,) = _U32.unpack_from(raw)
-    return Close(code, _decode_text("CLOSE", raw[_U32.size :]))
+    return Close(code, clean_text(raw[_U32.size :]))
 
 
 def _priority_class(value: int) -> int:

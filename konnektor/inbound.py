@@ -38,8 +38,6 @@ from konnektor.frames import (
     Priority,
     Refuse,
     Reset,
-    Resume,
-    Resumed,
     Stop,
     Streams,
     check_header,
@@ -188,8 +186,8 @@ class Inbound:
                     and stream.sending is not Sending.UNDECIDED
                 ):
                     raise StreamStateError(f"DATAGRAM on stream {stream_id}, whose type has none")
-            case Resume() | Resumed():
-                raise ProtocolError(f"{type(frame).__name__.upper()} without having said so in HELLO")
+            case _:
+                raise ProtocolError(f"{_name(frame)} without having said so in HELLO")
 
     def _stream_of(
         self, frame: Accept | Credit | Data | Datagram | Priority | Refuse | Reset | Stop
@@ -201,7 +199,7 @@ class Inbound:
         """
         stream = self._mux.streams.get(frame.stream)
         if stream is None and not self._mux.admission.was_opened(frame.stream) and not isinstance(frame, Datagram):
-            raise ProtocolError(f"{type(frame).__name__.upper()} for stream {frame.stream}, which was never opened")
+            raise ProtocolError(f"{_name(frame)} for stream {frame.stream}, which was never opened")
         return stream
 
     def _hello(self, frame: Hello) -> None:
@@ -308,6 +306,10 @@ class Inbound:
             self._mux.want_control(stream)
         stream.move_sending(Event.STOP)
         stream.fail(error, (False, sending))
+
+
+def _name(frame: Frame) -> str:
+    return type(frame).__name__.upper()
 
 
 def _critical(tlvs: Mapping[int, bytes]) -> int | None:

@@ -74,7 +74,7 @@ class Limits:
     receive_pool: int = 64 * MIB
     max_window: int = 4 * MIB
     send_queue: int = 64 * KIB
-    ack_bytes: int = 128 * KIB
+    ack_bytes: int = 64 * KIB
     ack_delay: float = 0.025
     hello_timeout: float = 10.0
     open_deadline: float = 30.0

@@ -9,25 +9,34 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
 
-__all__ = ["Acceptor", "bind_tcp", "bind_unix", "bound_name", "remove_unix"]
+__all__ = ["Acceptor", "bind_tcp", "bind_unix", "bound_name"]
 
 BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
 ACCEPT_PAUSE: Final = 0.5
 """Seconds without accepting after the process ran out of descriptors or memory."""
 ACCEPTS_A_TURN: Final = 64
+PORT_ATTEMPTS: Final = 10
+_NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+# Linux passes errors that are pending on the new connection, see accept(2).
+_OF_ONE_CONNECTION: Final = frozenset(
+    {errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
+     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EOPNOTSUPP}
+)  # fmt: skip
 
 logger: Final = logging.getLogger("konnektor.listening")
 
 
 async def bind_tcp(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on every address of the host.
+    """Listening sockets on every address of the host; with port 0, on one port that is free on all of them.
+
+    Addresses of a name that this machine does not have (``::1`` without IPv6) are left out, if another is left.
 
     Raises:
         ListenError: it does not resolve, or an address is in use or not ours.
@@ -38,24 +47,54 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
         infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"cannot listen on {where}: the host does not resolve ({error.strerror})") from None
+    infos = list(dict.fromkeys(infos))
+    for attempt in range(PORT_ATTEMPTS):
+        try:
+            return _bind_all(infos, port)
+        except OSError as error:
+            # The free port of the first address may be taken on the second.
+            if port or error.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+                raise ListenError(f"cannot listen on {where}: {_why(error)}") from None
+    raise AssertionError("unreachable")
+
+
+def _bind_all(infos: Sequence[tuple[Any, ...]], port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
-        for family, kind, proto, _, address in dict.fromkeys(infos):
-            sock = socket.socket(family, kind, proto)
+        for family, kind, proto, _, address in infos:
+            try:
+                sock = _bind(family, kind, proto, (address[0], port, *address[2:]))
+            except OSError as error:
+                if error.errno not in _NOT_OURS:
+                    raise
+                missing = error
+                continue
             sockets.append(sock)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            # With port 0, the addresses of a name share the port that the first one got.
-            bind_to = (address[0], port or sockets[0].getsockname()[1] if len(sockets) > 1 else port, *address[2:])
-            sock.bind(bind_to)
+            port = sock.getsockname()[1]
+        if missing is not None and not sockets:
+            raise missing
+        for sock in sockets:
             sock.listen(BACKLOG)
-    except OSError as error:
+    except OSError:
         for sock in sockets:
             sock.close()
-        raise ListenError(f"cannot listen on {where}: {_why(error)}") from None
+        raise
     return sockets
+
+
+def _bind(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _why(error: OSError) -> str:
@@ -64,7 +103,7 @@ def _why(error: OSError) -> str:
             return "the address is in use; stop the other program or choose another port"
         case errno.EACCES:
             return "permission denied; ports below 1024 and foreign directories need privileges"
-        case errno.EADDRNOTAVAIL:
+        case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:
             return "the address is not one of this machine's"
         case _:
             return os.strerror(error.errno) if error.errno else str(error)
@@ -76,29 +115,12 @@ def bind_unix(path: str) -> socket.socket:
     Raises:
         ListenError: something else is there, a live server listens, or the directory does not allow it.
     """
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        pass
-    else:
-        if not stat.S_ISSOCK(mode):
-            raise ListenError(f"cannot listen on {path}: something that is not a socket is there; remove it first")
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            except OSError as error:
-                raise ListenError(f"cannot listen on {path}: {_why(error)}") from None
-            else:
-                raise ListenError(f"cannot listen on {path}: another program is listening there")
     sock = socket.socket(socket.AF_UNIX)
-    sock.setblocking(False)
     # bind() creates the file: only the umask can narrow its mode without a moment of more.
     before = os.umask(0o777 & ~UNIX_MODE)
     try:
+        _remove_stale(path)
+        sock.setblocking(False)
         sock.bind(path)
         sock.listen(BACKLOG)
     except OSError as error:
@@ -109,62 +131,107 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-def remove_unix(sock: socket.socket, path: str) -> None:
-    """Removes the file of a socket of ours, unless another program has put its own there."""
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(0.2)
-                try:
-                    probe.connect(path)
-                except OSError:
-                    os.unlink(path)
+def _remove_stale(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"cannot listen on {path}: something that is not a socket is there; remove it first")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a live server with a full backlog would make it wait
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except BlockingIOError:
+            pass
+    raise ListenError(f"cannot listen on {path}: another program is listening there")
 
 
 def bound_name(sock: socket.socket) -> str:
-    """``HOST:PORT`` of a listening socket."""
-    host, port = sock.getsockname()[:2]
-    return format_hostport(host, port)
+    """``HOST:PORT`` of a listening TCP socket, the path of a Unix one."""
+    address = sock.getsockname()
+    return address if isinstance(address, str) else format_hostport(*address[:2])
 
 
 class Acceptor:
     """Accepts connections and hands over each socket, non-blocking.
 
     Out of descriptors, it pauses rather than spin on a listening socket that stays readable; what waits in
-    the backlog is served when there are descriptors again.
+    the backlog is served when there are descriptors again. It owns the listening socket, and the file of a Unix one.
+
+    Args:
+        sock: listening.
+        accepted: called with each new socket, which is then its, and the peer's address.
     """
 
     def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object]) -> None:
+        self.name = bound_name(sock)
         self._sock = sock
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._loop.add_reader(sock.fileno(), self._ready)
+        self._reading = False
+        self._starved = False
+        self._file = _file(self.name) if sock.family == socket.AF_UNIX else None
+        self.resume()
 
     def _ready(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
+            if not self._reading:
+                return
             try:
                 sock, address = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                logger.warning("cannot accept on %s: %s", bound_name(self._sock), os.strerror(error.errno))
-                self._loop.remove_reader(self._sock.fileno())
-                self._timer = self._loop.call_later(ACCEPT_PAUSE, self._resume)
+                if error.errno in _OF_ONE_CONNECTION:
+                    continue
+                self._starve(error)
                 return
+            self._starved = False
             sock.setblocking(False)
             self._accepted(sock, address)
 
-    def _resume(self) -> None:
-        self._timer = None
-        self._loop.add_reader(self._sock.fileno(), self._ready)
+    def _starve(self, error: OSError) -> None:
+        if not self._starved:  # told once, until it gets better
+            logger.warning("cannot accept on %s for now: %s", self.name, os.strerror(error.errno or 0))
+        self._starved = True
+        self.pause()
+        self._timer = self._loop.call_later(ACCEPT_PAUSE, self.resume)
 
-    def close(self) -> None:
-        """Accepts no more."""
+    def pause(self) -> None:
+        """Leaves connections to the kernel's backlog until ``resume``."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._sock.fileno() >= 0:
+            self._timer = None
+        if self._reading:
+            self._reading = False
             self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
+
+    def resume(self) -> None:
+        """Accepts again, unless closed."""
+        self._timer = None
+        if not self._reading and self._sock.fileno() >= 0:
+            self._reading = True
+            self._loop.add_reader(self._sock.fileno(), self._ready)
+
+    def close(self) -> None:
+        """Accepts no more; the file of a Unix socket goes, unless another program has put its own there."""
+        self.pause()
+        self._sock.close()
+        if self._file is not None and self._file == _file(self.name):
+            self._file = None
+            with contextlib.suppress(OSError):
+                os.unlink(self.name)
+
+
+def _file(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

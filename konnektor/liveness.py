@@ -20,7 +20,7 @@ from konnektor.errors import ProtocolError
 
 __all__ = ["Liveness"]
 
-PING_INTERVAL: Final = 2.0
+PING_INTERVAL: Final = 0.5
 SILENCE: Final = 15.0
 DEAD_AFTER: Final = 10.0
 LATE_TIMER: Final = 1.0
@@ -95,10 +95,13 @@ class Liveness:
 
     # What goes out
 
-    def sent(self, now: float) -> bool:
-        """Sequenced frames went out; whether a PING should follow them for its round trip."""
+    def sent(self, now: float) -> None:
+        """Sequenced frames went out."""
         if self._progress_at == math.inf:
             self._progress_at = now
+
+    def measure_due(self, now: float) -> bool:
+        """Whether, data flowing, the round trip should be measured again."""
         return self._established and self._ping_sent_at is None and now - self._pinged_at >= PING_INTERVAL
 
     @property

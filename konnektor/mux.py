@@ -160,7 +160,7 @@ class Mux:
 
     @property
     def may_speak(self) -> bool:
-        """Whether more than HELLO may be sent: the server waits for the client's."""
+        """Whether anything but CLOSE may be sent: the server waits for the client's HELLO, and judges it first."""
         return self.hello_received or self.role == "client"
 
     @property
@@ -286,16 +286,17 @@ class Mux:
         if self.error is None:
             # What sinks add meanwhile needs no call of output_pending: whoever called is asked to come again.
             self._rendering = True
-            more = self.outbound.render(parts, max_bytes, now)
-            self._rendering = False
-            if more:
-                self._awake = True
+            try:
+                if self.outbound.render(parts, max_bytes, now):
+                    self._awake = True
+            finally:
+                self._rendering = False
         if self.error is not None:
             # A sink may have ended the session just now: of what was rendered nothing matters any more.
             self._awake = False
             parts.clear()
             if self._close_frame is not None:
-                self.outbound.render_hello(parts)
+                # Perhaps the first frame, too: whoever is refused gets a CLOSE in place of HELLO.
                 parts.append(self._close_frame)
                 self._close_frame = None
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
@@ -421,7 +422,7 @@ class Mux:
                     for stream in list(self.streams.values()):
                         code = Code.LIMIT if stream.sending is Sending.UNDECIDED else Code.CANCELLED
                         stream.break_off(ShutdownError("the session was drained"), code)
-                case Step.CLOSE:
+                case _:
                     self.close(leaving.code, leaving.reason)
 
     def _fail_opens(self, reason: str) -> None:

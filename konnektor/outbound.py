@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH", "Outbound"]
 
-BATCH: Final = 64 * 1024
-"""Bytes of one ``data_to_send``: joined at once, written at once. Larger blocks cost more than the
-system calls they save, because the allocator returns them to the kernel each time."""
+BATCH: Final = 256 * 1024
+"""Bytes of one ``data_to_send``, joined at once and written at once: each write costs a system call and wakes
+the peer, whatever its size. (Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
 
-PAYLOAD: Final = BATCH - HEADER_SIZE
+PAYLOAD: Final = 64 * 1024 - HEADER_SIZE
 """Largest DATA payload sent: with its header it fills four TLS records exactly."""
 
 FRESH_PAYLOAD: Final = 16 * 1024
@@ -63,9 +63,9 @@ class Outbound:
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
         mux = self._mux
-        size = self.render_hello(parts)
         if not mux.may_speak:
             return False
+        size = self._hello(parts)
         flight = mux.flight
         sent_before = flight.sent
         size += self._session_control(parts, now)
@@ -82,11 +82,10 @@ class Outbound:
             more = more or size >= max_bytes
         if flight.sent != sent_before:
             flight.on_batch(now, limited=not mux.scheduler)
-            if mux.liveness.sent(now):
-                parts.append(Ping(mux.liveness.ping(now)).encode())
+            mux.liveness.sent(now)
         return more
 
-    def render_hello(self, parts: list[Buffer]) -> int:
+    def _hello(self, parts: list[Buffer]) -> int:
         """HELLO, if it was not sent yet."""
         if self._hello_sent:
             return 0
@@ -100,6 +99,10 @@ class Outbound:
         parts.append(hello)
         return len(hello)
 
+    def _ping(self, now: float) -> bytes:
+        self._mux.flight.on_ping(now)
+        return Ping(self._mux.liveness.ping(now)).encode()
+
     def _session_control(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
         mux, inbound = self._mux, self._mux.inbound
@@ -110,7 +113,7 @@ class Outbound:
         if inbound.acks.due:
             parts.append(Ack(inbound.acks.rendered()).encode())
         if mux.liveness.ping_ready:
-            parts.append(Ping(mux.liveness.ping(now)).encode())
+            parts.append(self._ping(now))
         if self.streams_due:
             self.streams_due = False
             parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))
@@ -192,9 +195,15 @@ class Outbound:
         frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
         fresh_limit = min(frame_limit, FRESH_PAYLOAD)
         interactive = False
+        hold = False
+        if mux.liveness.measure_due(now):
+            # A PING behind a queue of our own measures the queue: let it drain first.
+            hold = flight.probe_wanted(now)
+            if not hold:
+                parts.append(self._ping(now))
         while size < max_bytes:
             over = flight.in_flight - cap
-            stream = scheduler.next(fresh_only=over >= 0) if over < cap else None
+            stream = scheduler.next(fresh_only=hold or over >= 0) if over < cap else None
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)

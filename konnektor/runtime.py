@@ -12,14 +12,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["run", "serve_until_signalled", "set_up_logging"]
+__all__ = ["run", "serve", "set_up_logging"]
 
 T = TypeVar("T")
 
 EXIT_ABORTED: Final = 130
+
+logger: Final = logging.getLogger("konnektor.runtime")
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -59,47 +61,54 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 16 * 1024 * 1024)
 
 
-async def serve_until_signalled(
-    finished: Awaitable[None], drain: Callable[[float], Awaitable[None]], grace: float
-) -> int:
-    """Waits for SIGTERM or SIGINT, then drains within ``grace`` seconds; a second signal aborts.
+class Served(Protocol):
+    """What ``serve`` needs of an endpoint."""
+
+    async def drain(self, grace: float) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+async def serve(endpoint: Served, life: Coroutine[Any, Any, None], grace: float) -> int:
+    """Runs ``life`` until SIGTERM or SIGINT, then drains within ``grace`` seconds; a second signal aborts.
+
+    Args:
+        endpoint: closed at the end, whatever happens.
+        life: starts the endpoint and goes on for as long as it serves.
+        grace: seconds.
 
     Returns:
         The exit status: 0, or 130 when aborted.
 
     Raises:
-        Whatever ``finished`` raises, if it ends first.
+        Whatever ``life`` raises, if it ends first.
     """
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    log = logging.getLogger("konnektor.runtime")
-    serving = asyncio.ensure_future(finished)
-    first = asyncio.ensure_future(signals.get())
+    serving = loop.create_task(life)
+    first = loop.create_task(signals.get())
+    tasks: list[asyncio.Task[Any]] = [serving, first]
     try:
-        await asyncio.wait({serving, first}, return_when=asyncio.FIRST_COMPLETED)
-        if not first.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
             await serving
             return 0
-        log.info("%s: draining for up to %g s; once more aborts", first.result().name, grace)
-        draining = asyncio.ensure_future(drain(grace))
-        second = asyncio.ensure_future(signals.get())
+        logger.info("%s: draining for up to %g s; once more aborts", first.result().name, grace)
+        draining = loop.create_task(endpoint.drain(grace))
+        second = loop.create_task(signals.get())
+        tasks += [draining, second]
         await asyncio.wait({draining, second}, return_when=asyncio.FIRST_COMPLETED)
         if draining.done():
-            second.cancel()
             await draining
             return 0
-        log.info("%s: aborting", second.result().name)
-        draining.cancel()
-        await asyncio.wait({draining})
+        logger.info("%s: aborting", second.result().name)
         return EXIT_ABORTED
     finally:
-        for task in (serving, first):
+        for task in tasks:
             task.cancel()
-        await asyncio.wait({serving, first})
-        if not serving.cancelled():
-            serving.exception()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await endpoint.aclose()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
@@ -137,7 +146,7 @@ def set_up_logging(format_: str, verbosity: int) -> None:
 
     Args:
         format_: ``text`` or ``json``.
-        verbosity: 0 warnings and what operators should see, 1 more, 2 everything.
+        verbosity: 0 who connects, disconnects and is refused; 1 every tunnel, too; 2 the event loop's own as well.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if format_ == "json" else _Text())

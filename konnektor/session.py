@@ -125,6 +125,10 @@ class Session:
         limits: as given.
         peer_name: who the peer is, by its certificate; empty without one.
         remote_address: as the socket says.
+        ssl_object: of the connection, None before it is there and without TLS.
+        loop: the event loop it runs on.
+        on_goaway: called when the peer drains.
+        on_ended: called once, when the session is over; its connection may take a moment more to close.
     """
 
     def __init__(
@@ -137,23 +141,25 @@ class Session:
         check_peer: Callable[[Session], None] | None = None,
         check_hello: Callable[[Session], None] | None = None,
     ) -> None:
-        loop = asyncio.get_running_loop()
+        self.loop: Final = asyncio.get_running_loop()
         self.number = next(_numbers)
         self.limits = limits or Limits()
         self.handlers = handlers if handlers is not None else Handlers()
         self.peer_name = ""
         self.remote_address: Any = None
+        self.ssl_object: ssl.SSLObject | None = None
         self.peer_settings: Settings | None = None
         self._role: Role = role
         self._check_peer = check_peer
         self._check_hello = check_hello
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: dict[str, StreamListener[Any]] = {}
         self._pings: dict[int, list[asyncio.Future[float]]] = {}
-        self._hello: asyncio.Future[None] = loop.create_future()
-        self._closed: asyncio.Future[None] = loop.create_future()
+        self._hello: asyncio.Future[None] = self.loop.create_future()
+        self._closed: asyncio.Future[None] = self.loop.create_future()
         self._lost_reason: Exception | None = None
         self.on_goaway: Callable[[Session], None] | None = None
-        self.on_closed: Callable[[Session], None] | None = None
+        self.on_ended: Callable[[Session], None] | None = None
         self.log = _Log(logger, {"session": self.number})
         self._driver = Driver(self._connected, self._connection_lost)
         # Straight to the driver: called once or twice in every turn of the loop.
@@ -209,8 +215,6 @@ class Session:
         return self
 
     async def _start(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
-        loop = asyncio.get_running_loop()
-        sock.setblocking(False)
         tls_args: dict[str, Any] = {}
         if tls is not None:
             tls_args = {
@@ -219,15 +223,16 @@ class Session:
                 "ssl_shutdown_timeout": 5.0,
             }
         try:
+            sock.setblocking(False)
             if self._role == "client":
                 if tls is not None:
                     tls_args["server_hostname"] = server_name
-                await loop.create_connection(lambda: self._driver, sock=sock, **tls_args)
+                await self.loop.create_connection(self.protocol, sock=sock, **tls_args)
             else:
-                await loop.connect_accepted_socket(lambda: self._driver, sock, **tls_args)
+                await self.loop.connect_accepted_socket(self.protocol, sock, **tls_args)
         except BaseException as error:
-            sock.close()
             self.abort()
+            sock.close()
             if isinstance(error, OSError):
                 raise HandshakeError(str(error)) from error
             raise
@@ -312,17 +317,28 @@ class Session:
         self, protocol_factory: Callable[[], P], host: str, port: int, **kwargs: Any
     ) -> tuple[asyncio.Transport, P]:
         """As ``loop.create_connection``, to ``host:port`` from the peer; arguments and errors as ``open``."""
-        stream = await self.open_tcp(host, port, **kwargs)
-        protocol = protocol_factory()
+        async with AsyncExitStack() as stack:
+            # A protocol that cannot be made leaves no stream behind.
+            stream = await stack.enter_async_context(await self.open_tcp(host, port, **kwargs))
+            protocol = protocol_factory()
+            stack.pop_all()
         return StreamTransport(stream, protocol), protocol
 
     def listen(self, request: type[T]) -> StreamListener[T]:
-        """Serves streams of a type by an anyio ``Listener`` rather than a handler: ``serve(f)`` runs ``f(stream)``.
+        """Serves this session's streams of a type by an anyio ``Listener``: ``serve(f)`` runs ``f(stream)`` for each.
 
         Raises:
-            LocalProtocolError: the type has a handler already.
+            ConfigurationError: the type's name is not one.
+            LocalProtocolError: the type has a handler or a listener already.
+            SessionClosedError: the session is over.
         """
-        return StreamListener(self, request)
+        request.check()
+        if self.closed:
+            raise SessionClosedError("the session is closed")
+        if request.name in self._listeners or self.handlers.get(request.name) is not None:
+            raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
+        listener = self._listeners[request.name] = StreamListener(self, request)
+        return listener
 
     # Asking
 
@@ -373,7 +389,7 @@ class Session:
         """
         if self.closed:
             raise SessionClosedError("the session is closed")
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[float] = self.loop.create_future()
         self._pings.setdefault(self._mux.ping(), []).append(future)
         return await future
 
@@ -401,16 +417,20 @@ class Session:
         self._driver.abort()
 
     async def aclose(self) -> None:
-        """Ends the session now and waits until connection and tasks are gone. Cancelled, it drops the connection."""
+        """Ends the session now and waits until connection and tasks are gone. Cancelled, it drops the connection.
+
+        A handler of the session's own that calls it is cancelled, as all are.
+        """
         self.close()
         try:
             await self.wait_closed()
         except asyncio.CancelledError:
-            self.abort()
+            if asyncio.current_task() not in self._tasks:
+                self.abort()
             raise
 
     async def wait_closed(self) -> None:
-        """Waits until the session has ended, its connection is closed and its tasks are done."""
+        """Waits until the session has ended, its connection is closed and its tasks are done. Cancelling is safe."""
         await asyncio.shield(self._closed)
         current = asyncio.current_task()
         while others := [task for task in self._tasks if task is not current]:
@@ -420,7 +440,7 @@ class Session:
 
     def _connected(self, transport: asyncio.Transport) -> None:
         self.remote_address = transport.get_extra_info("peername")
-        self.ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        self.ssl_object = transport.get_extra_info("ssl_object")
         if self._check_peer is not None:
             try:
                 self._check_peer(self)
@@ -433,17 +453,20 @@ class Session:
 
     def _connection_lost(self, exc: Exception | None) -> None:
         self._lost_reason = self._lost_reason or exc
-        if self._mux.error is None:
+        try:
             established = self.peer_settings is not None
             self._mux.connection_lost(
                 f"connection lost: {exc}" if exc is not None
                 else "connection closed by the peer without a word" if established
                 else "connection closed by the peer before its HELLO"
             )  # fmt: skip
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        """The connection is gone, and the session with it."""
         if not self._closed.done():
             self._closed.set_result(None)
-            if self.on_closed is not None:
-                self.on_closed(self)
 
     # What the multiplexer says (mux.Handler)
 
@@ -457,7 +480,8 @@ class Session:
 
     def stream_opened(self, mux_stream: MuxStream) -> None:
         """Starts the type's handler, or refuses."""
-        entry = self.handlers.get(mux_stream.name)
+        listener = self._listeners.get(mux_stream.name)
+        entry = listener.entry if listener is not None else self.handlers.get(mux_stream.name)
         if entry is None:
             mux_stream.refuse(Code.UNSUPPORTED, "no such stream type here")
             mux_stream.release()
@@ -473,8 +497,7 @@ class Session:
         inbox = Inbox()
         mux_stream.sink = inbox
         stream = Stream(self, mux_stream, inbox, request)
-        task = self.spawn(self._serve(stream, mux_stream, handler))
-        inbox.on_cancel = task.cancel
+        _ = self.spawn(self._serve(stream, inbox, handler))
 
     def pong_received(self, opaque: int, rtt: float) -> None:
         """Wakes the callers of ``ping``."""
@@ -497,29 +520,41 @@ class Session:
                 if not future.done():
                     future.set_exception(SessionLost(str(error), error.code))
         self._pings.clear()
+        for listener in list(self._listeners.values()):
+            listener.close()
         for task in self._tasks:
             task.cancel()
         if self._driver.transport is None:
-            if not self._closed.done():
-                self._closed.set_result(None)
+            self._finish()
         else:
             self._driver.close()
+        if self.on_ended is not None:
+            self.on_ended(self)
 
     # Tasks
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs a coroutine as a task of the session's: cancelled when the session ends."""
-        task = asyncio.get_running_loop().create_task(coroutine)
+        task = self.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if self.closed:
+            task.cancel()
         return task
 
-    async def _serve(self, stream: Stream, mux_stream: MuxStream, handler: StreamHandler) -> None:
+    async def _serve(self, stream: Stream, inbox: Inbox, handler: StreamHandler) -> None:
         """Runs a handler and sees to it that its stream gets an answer and an end."""
+        mux_stream = inbox.mux
+        task = asyncio.current_task()
+        assert mux_stream is not None
+        assert task is not None
         code: int = Code.INTERNAL
         failed = True
         try:
-            await handler(stream, stream.request)
+            # Only from here on: a task that is cancelled before its first step never gets to the end below.
+            inbox.on_cancel = task.cancel
+            if not stream.decided:
+                await handler(stream, stream.request)
             failed = False
         except asyncio.CancelledError:
             code = Code.CANCELLED
@@ -542,16 +577,16 @@ class Session:
 
 
 class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
-    """An anyio listener for the streams of one type; made by ``Session.listen``.
+    """An anyio listener for one session's streams of one type; made by ``Session.listen``.
 
     Every stream is accepted; where that is to be decided, use a handler.
     """
 
     def __init__(self, session: Session, request: type[T]) -> None:
         self._session = session
-        self._request = request
+        self._name = request.name
         self._put, self._get = anyio.create_memory_object_stream[tuple[Stream, anyio.Event]]()
-        session.handlers.add(request, self._take)
+        self.entry: Final[tuple[type[StreamType], StreamHandler]] = (request, self._take)
 
     async def _take(self, stream: Stream, _request: T) -> None:
         done = anyio.Event()
@@ -562,10 +597,11 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
         else:
             await done.wait()
 
-    async def serve(
-        self, handler: Callable[[Stream], Any], task_group: anyio.abc.TaskGroup | None = None
-    ) -> None:
-        """Accepts every stream of the type and runs ``handler(stream)`` for it, until ``aclose`` or cancelled.
+    async def serve(self, handler: Callable[[Stream], Any], task_group: anyio.abc.TaskGroup | None = None) -> None:
+        """Accepts every stream of the type and runs ``handler(stream)`` for it.
+
+        Returns after ``aclose`` or the end of the session, when its handlers have ended; cancelling is safe. A
+        handler that raises resets its stream, and the error goes to the task group.
 
         Args:
             task_group: runs the handlers; one of its own if None.
@@ -573,18 +609,33 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
 
         async def run(stream: Stream, done: anyio.Event) -> None:
             try:
-                await stream.accept()
+                try:
+                    await stream.accept()
+                except PeerError as error:
+                    # The opener gave up: nothing that the other streams' handlers should suffer for.
+                    self._session.log.info("%s stream %d: %s", self._name, stream.id, error)
+                    return
                 await handler(stream)
+            except BaseException:
+                stream.reset()
+                raise
             finally:
                 done.set()
 
         async with AsyncExitStack() as stack:
-            group = task_group or await stack.enter_async_context(anyio.create_task_group())
+            group = task_group
+            if group is None:
+                group = await stack.enter_async_context(anyio.create_task_group())
             async for stream, done in self._get:
                 group.start_soon(run, stream, done)
 
-    async def aclose(self) -> None:
-        """Serves the type no more; streams that are open go on."""
-        self._session.handlers.remove(self._request)
+    def close(self) -> None:
+        """``aclose`` for callers that are not coroutines."""
+        if self._session._listeners.get(self._name) is self:
+            del self._session._listeners[self._name]
         self._put.close()
         self._get.close()
+
+    async def aclose(self) -> None:
+        """Serves the type no more; streams that are open go on."""
+        self.close()

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 __all__ = ["SocketTransport"]
 
-READS_A_TURN: Final = 4
+READS_A_TURN: Final = 1
 """Full buffers read before the loop sees to others."""
 
 

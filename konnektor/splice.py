@@ -4,7 +4,8 @@ No task, timer or future per chunk, and none per stream either: an idle splice i
 reads go into a buffer that all connections of the thread share. Backpressure works both ways: the socket is
 not read while the stream's queue is full, and the peer gets no credit while the socket does not
 take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
-side. A reset on either side becomes a reset on the other.
+side. A reset on either side becomes a reset on the other. TLS has no half-close: the end of either direction ends
+both, cleanly.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.scratch import scratch
+from konnektor.scratch import Scratch, scratch
 from konnektor.socket_transport import SocketTransport
 from konnektor.states import Receiving, Sending
 from konnektor.stream import Inbox, Stream
@@ -44,11 +45,20 @@ class Splice:
         transport: the socket's transport, None before and after.
     """
 
-    __slots__ = ("_code", "_done", "_held", "_paused", "_stream", "local", "on_closed", "on_connected", "transport")
+    __slots__ = (
+        "_broken",
+        "_code",
+        "_done",
+        "_held",
+        "_paused",
+        "_stream",
+        "local",
+        "on_closed",
+        "on_connected",
+        "transport",
+    )
 
-    def __init__(
-        self, *, code: int = Code.TARGET_RESET, on_closed: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, *, code: int = Code.TARGET_RESET, on_closed: Callable[[], object] | None = None) -> None:
         self._code = code
         self.on_closed = on_closed
         self.on_connected: Callable[[asyncio.Transport], object] | None = None
@@ -56,6 +66,7 @@ class Splice:
         self.transport: asyncio.Transport | None = None
         self._paused = False
         self._held = 0
+        self._broken = False
         self._done = False
         self.local = _Local(self)
 
@@ -70,13 +81,11 @@ class Splice:
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
                 self.data_received(memoryview(chunk))
-            if inbox.receive_error is not None or inbox.send_error is not None:
-                error = inbox.receive_error or inbox.send_error
-                assert error is not None
-                self.failed(
-                    error, receiving=inbox.receive_error is not None, sending=inbox.send_error is not None
-                )
-            elif inbox.eof:
+            if inbox.send_error is not None:
+                self.failed(inbox.send_error, receiving=False, sending=True)
+            if inbox.receive_error is not None:
+                self.failed(inbox.receive_error, receiving=True, sending=False)
+            if inbox.eof:
                 self.eof_received()
             if inbox.forgotten:
                 self.closed()
@@ -103,8 +112,8 @@ class Splice:
             return
         stream = self._stream
         assert stream is not None
-        if stream.sending is Sending.OPEN:
-            with contextlib.suppress(OSError):
+        if stream.sending is Sending.OPEN and transport.can_write_eof():
+            with contextlib.suppress(OSError):  # reset: reading tells
                 transport.write_eof()
         else:
             self._close()
@@ -115,14 +124,13 @@ class Splice:
             transport.resume_reading()
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
-        stream = self._stream
-        assert stream is not None
         if receiving:
             # The other end broke off: whoever is at this end must not take it for a clean end.
             self.break_off()
-        elif sending and self.transport is not None and not self.transport.is_closing():
-            with contextlib.suppress(RuntimeError):
-                self.transport.pause_reading()
+        else:
+            # Read on, into nothing: a socket that is closed over unread bytes resets the connection, and that may
+            # destroy what is still on its way to whoever is at this end.
+            self.writable()
 
     def closed(self) -> None:
         self._close()
@@ -139,8 +147,7 @@ class Splice:
     def local_data(self, data: bytes) -> None:
         """The socket delivered."""
         stream = self._stream
-        assert stream is not None
-        if stream.sending is not Sending.OPEN and stream.sending is not Sending.UNSENT:
+        if stream is None or (stream.sending is not Sending.OPEN and stream.sending is not Sending.UNSENT):
             return
         stream.write(data)
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
@@ -149,12 +156,12 @@ class Splice:
 
     def local_eof(self) -> bool:
         """The socket will deliver no more; it may still take."""
-        stream = self._stream
-        if stream is None or stream.forgotten:
+        stream, transport = self._stream, self.transport
+        if stream is None or transport is None or stream.forgotten:
             return False
         stream.finish()
-        # FIN has come already: nothing more to take either. The transport closes after its buffer.
-        return stream.receiving is not Receiving.ENDED
+        # Where FIN has come already there is nothing more to take either: the transport closes after its buffer.
+        return stream.receiving is not Receiving.ENDED and transport.can_write_eof()
 
     def local_paused(self, paused: bool) -> None:
         """The socket's buffer is full, or has room again."""
@@ -167,11 +174,13 @@ class Splice:
         """The socket is gone."""
         self.transport = None
         stream = self._stream
-        if stream is not None and not stream.forgotten:
-            if exc is None and stream.sending in (Sending.FINISHING, Sending.ENDED):
-                stream.stop(self._code)
-            else:
+        if stream is not None:
+            if self._broken or (exc is not None and stream.sending in (Sending.OPEN, Sending.UNSENT)):
                 stream.cancel(self._code)
+            else:
+                # It came to its end, or was closed in both directions at once: what it delivered is whole.
+                stream.finish()
+                stream.stop(self._code if exc is not None else Code.CANCELLED)
         self._paused = False
         if self._held and stream is not None:
             held, self._held = self._held, 0
@@ -188,7 +197,8 @@ class Splice:
             self._finish()
 
     def break_off(self) -> None:
-        """Ends the socket with a RST and the stream with RESET."""
+        """Ends the socket with a RST (a Unix socket knows none and is closed) and the stream with RESET."""
+        self._broken = True
         transport = self.transport
         if transport is not None and not transport.is_closing():
             sock = transport.get_extra_info("socket")
@@ -210,20 +220,25 @@ class Splice:
 class _Local(asyncio.BufferedProtocol):
     """The socket's protocol; apart from the sink because both have an ``eof_received``."""
 
-    __slots__ = ("_splice",)
+    __slots__ = ("_scratch", "_splice")
 
     def __init__(self, owner: Splice) -> None:
         self._splice = owner
+        self._scratch: Scratch | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio's.
         self._splice.connected(cast("asyncio.Transport", transport))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return scratch().view[:PAYLOAD]
+        # Kept until it is filled: inside a session's own reading, each call would give another one.
+        shared = self._scratch = scratch()
+        return shared.view[:QUEUE_HIGH]
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._splice.local_data(bytes(scratch().view[:nbytes]))
+        shared, self._scratch = self._scratch, None
+        assert shared is not None
+        self._splice.local_data(bytes(shared.view[:nbytes]))
 
     def eof_received(self) -> bool:
         return self._splice.local_eof()
@@ -248,27 +263,31 @@ async def splice(
     """Joins a stream to a connected, non-blocking socket, and returns; they look after themselves from then on.
 
     A peer's stream that was not accepted yet is accepted. The socket and the stream belong to the splice.
-    Cancelling is safe: the socket is closed then, and the stream is as it was or, once joined, reset.
+    Never waits. If it raises, the socket is closed and the stream as it was.
 
     Args:
         code: what the peer is told when the socket breaks.
         on_closed: called once, when both are closed.
+
+    Raises:
+        PeerError: the peer gave its stream up before.
+        StreamClosedError: the stream was closed here.
+        anyio.BusyResourceError: a task is receiving from the stream or sending to it.
     """
-    joint = Splice(code=code, on_closed=on_closed)
+    joint = Splice(code=code)
 
     def join(transport: asyncio.Transport) -> None:
-        # In connection_made: before the socket's first byte, and with nothing awaited in between.
-        undecided = not stream.decided
-        if undecided:
+        # In connection_made: before the socket's first byte.
+        if not stream.decided:
             stream.accept_now()
-        joint.attach(stream.detach())
+        mux_stream = stream.detach()
+        joint.on_closed = on_closed
+        joint.attach(mux_stream)
 
     joint.on_connected = join
     try:
+        sock.setblocking(False)
         SocketTransport(sock, joint.local)
     except BaseException:
-        if joint.transport is None:
-            sock.close()
-        else:
-            joint.break_off()
+        sock.close()
         raise

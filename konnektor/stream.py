@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,7 +22,9 @@ from konnektor.stream_types import StreamType
 if TYPE_CHECKING:
     from konnektor.session import Session
 
-__all__ = ["Inbox", "Stream", "StreamAttribute"]
+__all__ = ["Chunks", "Inbox", "Stream", "StreamAttribute", "keep"]
+
+Chunks = deque[bytes | bytearray | memoryview]
 
 SMALL: Final = 1024
 """Payloads below this are joined: a one-byte ``bytes`` object takes 34 bytes and a place in a queue."""
@@ -37,14 +40,47 @@ class StreamAttribute(anyio.TypedAttributeSet):
     stream_id: int = anyio.typed_attribute()
 
 
-class Inbox:
-    """The sink behind a Stream: keeps what came until it is read, and who waits for what."""
+def keep(chunks: Chunks, data: memoryview) -> None:
+    """Copies ``data`` to the end of what was not read yet."""
+    if len(data) < SMALL:
+        last = chunks[-1] if chunks else None
+        if isinstance(last, bytearray) and len(last) < JOINED:
+            last += data
+        else:
+            chunks.append(bytearray(data))
+    else:
+        chunks.append(bytes(data))
 
-    __slots__ = ("chunks", "eof", "forgotten", "mux", "on_cancel", "opened", "reader", "receive_error", "send_error", "writer")
+
+class Inbox:
+    """The sink behind a Stream: keeps what came until it is read, and who waits for what.
+
+    Attributes:
+        mux: the stream.
+        chunks: came and was not read.
+        eof: the peer has finished.
+        forgotten: both halves have ended.
+        receive_error, send_error: what broke a half.
+        opened, reader, writer: who waits for the peer's answer, for bytes, for room.
+        on_cancel: called when the peer gives its stream up before an answer.
+    """
+
+    __slots__ = (
+        "chunks",
+        "eof",
+        "forgotten",
+        "mux",
+        "on_cancel",
+        "opened",
+        "reader",
+        "receive_error",
+        "send_error",
+        "writer",
+    )
 
     def __init__(self) -> None:
         self.mux: MuxStream | None = None
-        self.chunks: deque[bytes | bytearray] = deque()
+        self.chunks: Chunks = deque()
         self.eof = False
         self.forgotten = False
         self.receive_error: PeerError | None = None
@@ -63,15 +99,7 @@ class Inbox:
         self._wake(self.opened)
 
     def data_received(self, data: memoryview, /) -> None:
-        chunks = self.chunks
-        if len(data) < SMALL:
-            last = chunks[-1] if chunks else None
-            if isinstance(last, bytearray) and len(last) < JOINED:
-                last += data
-            else:
-                chunks.append(bytearray(data))
-        else:
-            chunks.append(bytes(data))
+        keep(self.chunks, data)
         self._wake(self.reader)
 
     def eof_received(self) -> None:
@@ -90,7 +118,8 @@ class Inbox:
             self.send_error = self.send_error or error
         for waiter in (self.opened, self.reader, self.writer):
             self._wake(waiter)
-        if receiving and sending and self.on_cancel is not None:
+        if sending and self.on_cancel is not None:
+            # Unanswered until now, and the answer is settled: nobody waits for a handler that still dials.
             self.on_cancel()
 
     def closed(self) -> None:
@@ -186,15 +215,21 @@ class Stream(anyio.abc.ByteStream):
     def accept_now(self, header: bytes = b"") -> None:
         """``accept`` for callers that are not coroutines."""
         self._raise_if(self._inbox.send_error)
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
         self._mux.accept(header)
+        self._inbox.on_cancel = None
 
     async def reject(self, code: int = Code.DENIED, text: str = "") -> None:
-        """Refuses the peer's stream. The text goes into the peer's log. Cancelling is safe."""
+        """Refuses the peer's stream. The text goes into the peer's log. Cancelling is safe: nothing was sent then.
+
+        Raises:
+            LocalProtocolError: the stream was accepted before (``reset`` it), or this side opened it.
+        """
         await checkpoint_if_cancelled()
-        self._closed = True
-        if not self._inbox.forgotten:
-            self._mux.refuse(code, text)
-        self._inbox.chunks.clear()
+        self._mux.refuse(code, text)
+        if not self._closed:
+            self._close(graceful=False)
 
     async def opened(self) -> None:
         """Waits for the peer's answer to an OPEN (after ``open(early=True)``). Cancelling is safe.
@@ -202,16 +237,20 @@ class Stream(anyio.abc.ByteStream):
         Raises:
             StreamError: the peer refused.
             SessionLost: the session ended.
+            StreamClosedError: closed here.
+            anyio.BusyResourceError: another task is waiting.
         """
         inbox = self._inbox
         if inbox.opened is not None:
             raise anyio.BusyResourceError("waiting for")
-        while self._mux.receiving is Receiving.AWAITING and inbox.receive_error is None:
+        while not self._closed and self._mux.receiving is Receiving.AWAITING and inbox.receive_error is None:
             inbox.opened = asyncio.get_running_loop().create_future()
             try:
                 await inbox.opened
             finally:
                 inbox.opened = None
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
         self._raise_if(inbox.receive_error if inbox.send_error is not None else None)
 
     # Receiving
@@ -221,8 +260,9 @@ class Stream(anyio.abc.ByteStream):
 
         Raises:
             anyio.EndOfStream: the peer finished, and everything was read.
-            PeerError: the stream broke; what was unread is gone.
+            PeerError: the stream broke; what was unread is gone. Where the session ended, that is read first.
             StreamClosedError: closed here.
+            LocalProtocolError: the peer's stream was not accepted yet.
             anyio.BusyResourceError: another task is receiving.
         """
         inbox = self._inbox
@@ -231,32 +271,34 @@ class Stream(anyio.abc.ByteStream):
         if inbox.reader is not None:
             raise anyio.BusyResourceError("receiving from")
         await checkpoint_if_cancelled()
+        self._check_receivable()
         while not inbox.chunks:
-            if self._closed:
-                raise StreamClosedError("the stream was closed here")
             self._raise_if(inbox.receive_error)
             if inbox.eof:
                 raise anyio.EndOfStream
-            if not self.decided:
-                raise LocalProtocolError("accept the stream before receiving from it")
             inbox.reader = asyncio.get_running_loop().create_future()
             try:
                 await inbox.reader
             finally:
                 inbox.reader = None
-        if self._closed:
-            raise StreamClosedError("the stream was closed here")
-        if not self.decided:
-            raise LocalProtocolError("accept the stream before receiving from it")
+            self._check_receivable()
         # From here on nothing awaits: what is taken is returned.
         chunks = inbox.chunks
         chunk = chunks.popleft()
         if len(chunk) > max_bytes:
-            chunks.appendleft(chunk[max_bytes:])
-            chunk = chunk[:max_bytes]
+            # A view: reading byte by byte must not copy the rest each time.
+            view = memoryview(chunk)
+            chunks.appendleft(view[max_bytes:])
+            chunk = view[:max_bytes]
         data = bytes(chunk)
         self._mux.consumed(len(data))
         return data
+
+    def _check_receivable(self) -> None:
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
+        if not self.decided:
+            raise LocalProtocolError("accept the stream before receiving from it")
 
     # Sending
 
@@ -313,14 +355,19 @@ class Stream(anyio.abc.ByteStream):
     async def send_eof(self) -> None:
         """FIN after what is queued: the peer reads EOF, this side goes on receiving. Cancelling is safe.
 
+        Safe to call again, and on a stream that the peer broke.
+
         Raises:
+            StreamClosedError: ``aclose`` was called.
             anyio.BusyResourceError: another task is sending.
             LocalProtocolError: the peer's stream was not accepted yet.
         """
         if self._sending:
             raise anyio.BusyResourceError("sending to")
         await checkpoint_if_cancelled()
-        if not self._closed and self._inbox.send_error is None:
+        if self._closed:
+            raise StreamClosedError("the stream was closed here")
+        if self._inbox.send_error is None:
             self._mux.finish()
 
     # The end
@@ -337,7 +384,7 @@ class Stream(anyio.abc.ByteStream):
         except BaseException:
             self.reset()
             raise
-        self._close(graceful=True)
+        self.close()
 
     def close(self) -> None:
         """``aclose`` for callers that are not coroutines."""
@@ -399,11 +446,14 @@ class Stream(anyio.abc.ByteStream):
 
     def __del__(self) -> None:
         # __init__ may have failed before the attribute was there.
-        if not getattr(self, "_closed", True):
-            forgotten = self._inbox.forgotten
-            self._close(graceful=False)
-            if not forgotten:
-                warnings.warn(f"{self!r} was dropped without aclose()", ResourceWarning, stacklevel=1, source=self)
+        if getattr(self, "_closed", True):
+            return
+        self._closed = True
+        # Not here: the collector runs in any thread, and in the middle of anything.
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.session.loop.call_soon_threadsafe(_drop, self._mux)
+        if not self._inbox.forgotten:
+            warnings.warn(f"{self!r} was dropped without aclose()", ResourceWarning, stacklevel=1, source=self)
 
     @staticmethod
     def _raise_if(error: PeerError | None) -> None:
@@ -413,7 +463,17 @@ class Stream(anyio.abc.ByteStream):
     # Views
 
     def as_asyncio(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The stream as an asyncio reader and writer, which take it over: close the writer in the end."""
+        """The stream as an asyncio reader and writer, which take it over: close the writer in the end.
+
+        Raises:
+            LocalProtocolError: the peer's stream was not accepted yet.
+        """
         from konnektor.transport import stream_pair
 
         return stream_pair(self)
+
+
+def _drop(mux_stream: MuxStream) -> None:
+    """Ends a stream that nobody refers to any more."""
+    mux_stream.cancel()
+    mux_stream.consumed(mux_stream.receive_window.unread)

@@ -23,7 +23,7 @@ async def memory_session_pair(
     client_limits: Limits | None = None,
     server_limits: Limits | None = None,
 ) -> AsyncIterator[tuple[Session, Session]]:
-    """Two sessions of this process, joined to each other: ``async with memory_session_pair() as (client, server)``.
+    """Two sessions of this process, joined to each other (``async with`` gives client and server).
 
     They run the real driver over a socket pair of the kernel's, in plaintext: backpressure, scheduling and errors
     are the real ones; only certificates and ports are missing. Leaving closes both; cancelling is safe.

@@ -1,4 +1,4 @@
-"""Mutual TLS: contexts from files, who the peer is, and what a failed handshake means.
+"""Mutual TLS: contexts from files, and who the peer is.
 
 Both ends prove themselves with an X.509 certificate that carries one SPIFFE
 URI, ``spiffe://TRUST-DOMAIN/ROLE/NAME`` (SPIFFE X509-SVID, section 2), and an
@@ -16,13 +16,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -33,7 +32,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from konnektor.errors import CertificateError, ConfigurationError, KonnektorError
+from konnektor.errors import CertificateError, ConfigurationError
+from konnektor.handshake import (
+    ALPN,
+    NO_ISSUER,
+    AlertingSSLObject,
+    alternative_names,
+    date,
+    first_line,
+    printable,
+    words,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +50,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 __all__ = [
-    "ALPN",
     "DNS_PATTERN",
     "NAME_PATTERN",
     "Identity",
@@ -50,16 +58,12 @@ __all__ = [
     "certificate_identity",
     "check_name",
     "check_trust_domain",
-    "explain",
     "frontend_context",
     "peer_identity",
     "read_certificates",
     "read_key",
     "same_key",
-    "with_alerts",
 ]
-
-ALPN: Final = "konnektor/1"
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 """Names of workers, control planes and clients; use ``fullmatch``."""
@@ -249,7 +253,7 @@ class TLSFiles:
     def _verdict(
         self, error: ssl.SSLCertVerificationError, authorities: Sequence[x509.Certificate]
     ) -> CertificateError:
-        if error.verify_code in _NO_ISSUER:
+        if error.verify_code in NO_ISSUER:
             return CertificateError(
                 f"certificate file {_name(self.cert)} was not issued by a CA in {_name(self.ca)}; "
                 "issue it from that CA, or give the CA file that belongs to it"
@@ -296,7 +300,7 @@ def _context(
 ) -> ssl.SSLContext:
     """What every context of ours has in common: certificates both ways, strictly checked, and no resumption."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
-    context.sslobject_class = _SSLObject
+    context.sslobject_class = AlertingSSLObject
     context.verify_mode = ssl.CERT_REQUIRED
     # As Python 3.13's defaults: RFC 5280 to the letter, and any CA in the file is a trust anchor.
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -317,7 +321,7 @@ def _context(
 
 def _unusable(cert: str | os.PathLike[str], key: str | os.PathLike[str], error: Exception) -> CertificateError:
     reason = getattr(error, "reason", None)  # ssl.SSLError has one, mostly
-    why = _words(reason) if reason else _first_line(error)
+    why = words(reason) if reason else first_line(error)
     return CertificateError(f"certificate file {_name(cert)} with key file {_name(key)} cannot be used: {why}")
 
 
@@ -391,7 +395,7 @@ def read_key(path: str | os.PathLike[str], what: str) -> PrivateKeyTypes:
             "decrypt it with: openssl pkey -in FILE -out NEW-FILE"
         ) from None
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise CertificateError(f"{what} {_name(path)} holds a damaged private key: {_first_line(error)}") from None
+        raise CertificateError(f"{what} {_name(path)} holds a damaged private key: {first_line(error)}") from None
 
 
 def same_key(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
@@ -425,11 +429,11 @@ def _check_dates(certificate: x509.Certificate, what: str, path: str | os.PathLi
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
         raise CertificateError(
-            f"{what} {_name(path)} expired on {_date(certificate.not_valid_after_utc)} (now {_date(now)}); issue a new one"
+            f"{what} {_name(path)} expired on {date(certificate.not_valid_after_utc)} (now {date(now)}); issue a new one"
         )
     if now < certificate.not_valid_before_utc:
         raise CertificateError(
-            f"{what} {_name(path)} is not valid before {_date(certificate.not_valid_before_utc)} (now {_date(now)}); "
+            f"{what} {_name(path)} is not valid before {date(certificate.not_valid_before_utc)} (now {date(now)}); "
             "check this machine's clock"
         )
 
@@ -500,7 +504,7 @@ def _check_usage(certificate: x509.Certificate, role: Role) -> None:
 
 
 def _uris(certificate: x509.Certificate) -> list[str]:
-    names = _alternative_names(certificate)
+    names = alternative_names(certificate)
     return [] if names is None else names.get_values_for_type(x509.UniformResourceIdentifier)
 
 
@@ -518,261 +522,9 @@ def _is_authority(certificate: x509.Certificate) -> bool:
         return False
 
 
-def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return None
-
-
-# -- Alerts: telling the peer why -------------------------------------------------------------------------------------
-
-
-def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
-    """``context`` for one connection over ``sock``, whose refusals reach the peer.
-
-    When a handshake fails, asyncio and uvloop close the connection and throw away the TLS alert that says why (RFC
-    8446 section 6.2), so that the peer sees no more than an end. All they want of a context is its ``wrap_bio``;
-    the one of this one sends the alert by itself.
-
-    Pass the result as ``ssl=`` of ``loop.connect_accepted_socket(..., sock)`` or ``loop.create_connection(...,
-    sock=sock)``, the same connected, non-blocking socket.
-    """
-    return cast("ssl.SSLContext", _Alerting(context, sock))
-
-
-class _Alerting:
-    """An SSLContext by its one method that matters here; ssl has no cheap way to copy a real one."""
-
-    def __init__(self, context: ssl.SSLContext, sock: socket.socket) -> None:
-        self._context = context
-        self._sock = sock
-
-    # uvloop asks isinstance(context, SSLContext), and this is how an object says yes (as mocks do).
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return ssl.SSLContext
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._context, name)
-
-    def wrap_bio(
-        self,
-        incoming: ssl.MemoryBIO,
-        outgoing: ssl.MemoryBIO,
-        server_side: bool = False,
-        server_hostname: str | None = None,
-    ) -> ssl.SSLObject:
-        ssl_object = self._context.wrap_bio(incoming, outgoing, server_side, server_hostname)
-        if isinstance(ssl_object, _SSLObject):
-            ssl_object.alert = (outgoing, self._sock)
-        return ssl_object
-
-
-class _SSLObject(ssl.SSLObject):
-    """An SSLObject that makes the most of a handshake's failure while its details still exist."""
-
-    alert: tuple[ssl.MemoryBIO, socket.socket] | None = None
-
-    def do_handshake(self) -> None:
-        try:
-            super().do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except ssl.SSLError as error:
-            if isinstance(error, ssl.SSLCertVerificationError):
-                self._annotate(error)
-            self._send_alert()
-            raise
-        self.alert = None  # the transport's from here on
-
-    def _annotate(self, error: ssl.SSLCertVerificationError) -> None:
-        """Note what the refused certificate is for, and when; nobody can ask once the handshake is over."""
-        certificate = _unverified(self)
-        if certificate is None:
-            return
-        try:
-            if error.verify_code in _WRONG_NAME:
-                error.add_note(", ".join(_host_names(certificate)[:_MAX_NAMES]) or "none")
-            elif error.verify_code == _EXPIRED:
-                error.add_note(_date(certificate.not_valid_after_utc))
-            elif error.verify_code == _NOT_YET_VALID:
-                error.add_note(_date(certificate.not_valid_before_utc))
-        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-            pass  # a damaged certificate: its verdict stands without details
-
-    def _send_alert(self) -> None:
-        if self.alert is None:
-            return
-        (outgoing, sock), self.alert = self.alert, None
-        with contextlib.suppress(OSError):  # a peer that is gone needs no reason
-            # Past the transport, which closes next; what it wrote before was answered, so nothing is ahead of this.
-            sock.send(outgoing.read())
-
-
-def _unverified(ssl_object: ssl.SSLObject) -> x509.Certificate | None:
-    """The peer's certificate of a failed handshake, if this Python has a way to it (a public one since 3.13)."""
-    chain = getattr(ssl_object, "get_unverified_chain", None)
-    if chain is None:
-        chain = getattr(getattr(ssl_object, "_sslobj", None), "get_unverified_chain", None)
-    try:
-        first = (chain() or [None])[0] if chain is not None else None
-        if first is None:
-            return None
-        der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
-        return x509.load_der_x509_certificate(der)
-    except (ValueError, AttributeError, TypeError, ssl.SSLError):
-        return None
-
-
-def _host_names(certificate: x509.Certificate) -> list[str]:
-    names = _alternative_names(certificate)
-    if names is None:
-        return []
-    hosts = [_printable(host) for host in names.get_values_for_type(x509.DNSName)]
-    return hosts + [str(address) for address in names.get_values_for_type(x509.IPAddress)]
-
-
-# -- Explanations -----------------------------------------------------------------------------------------------------
-
-# X509_V_ERR_* of OpenSSL's x509_vfy.h, as SSLCertVerificationError.verify_code.
-_NOT_YET_VALID: Final = 9
-_EXPIRED: Final = 10
-_WRONG_PURPOSE: Final = 26
-_NO_ISSUER: Final = frozenset({2, 7, 18, 19, 20, 21})  # no issuer, its signature is another's, or self-signed
-_WRONG_NAME: Final = frozenset({62, 64})  # host name, IP address
-
-# What an alert means for us, by its name in RFC 8446 section 6.2, and what to do.
-_OUR_CERTIFICATE: Final = {
-    "UNKNOWN_CA": "issue it from the CA that the other side trusts",
-    "CERTIFICATE_EXPIRED": "issue a new one, and check the clocks of both machines",
-    "CERTIFICATE_REVOKED": "issue a new one",
-    "BAD_CERTIFICATE": "the name that was dialed may not be in it (--san adds names), or a clock may be wrong",
-    "UNSUPPORTED_CERTIFICATE": "its role is not the one wanted there; issue one with the right --role",
-    "CERTIFICATE_UNKNOWN": "the log of the other side says why",
-    "ACCESS_DENIED": "the log of the other side says why",
-    "DECRYPT_ERROR": "issue it again",
-}
-_NOT_TLS: Final = frozenset(
-    {"WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG", "BAD_RECORD_TYPE", "RECORD_LAYER_FAILURE",
-     "UNEXPECTED_MESSAGE", "LENGTH_TOO_LONG", "ENCRYPTED_LENGTH_TOO_LONG", "DATA_LENGTH_TOO_LONG"}
-)  # fmt: skip
-_OLD_TLS: Final = frozenset({"UNSUPPORTED_PROTOCOL", "WRONG_SSL_VERSION", "VERSION_TOO_LOW", "NO_PROTOCOLS_AVAILABLE"})
-
-
-def explain(exc: BaseException | None, peer: str) -> str:
-    """What ended an attempt to get a session, in one sentence for the operator.
-
-    Args:
-        exc: what connecting or the handshake raised, or what ``connection_lost`` was given before the peer's HELLO.
-            Under TLS 1.3 a client whose certificate is refused is connected at first and hears of it later (RFC 8446
-            section 2), or never: then it is None.
-        peer: what to call the other end, such as ``the control plane at a.example:8443``.
-    """
-    match exc:
-        case None:
-            return (
-                f"{peer} closed the connection before a session was up and gave no reason; "
-                "it may have refused our certificate, and its log says why"
-            )
-        case KonnektorError():
-            return str(exc)
-        case ssl.SSLCertVerificationError():
-            return _explain_verification(exc, peer)
-        case ssl.SSLError():
-            return _explain_ssl(exc, peer)
-        case socket.gaierror():
-            return f"{peer} cannot be found: {exc.strerror or exc}; check the host name"
-        case ConnectionRefusedError():
-            return f"{peer} does not accept connections (connection refused); is it running, and is the port right?"
-        case ConnectionAbortedError() if "handshake" in str(exc):  # what sslproto says of a timeout
-            return f"{peer} did not finish the TLS handshake in time; does it speak TLS?"
-        case ConnectionError():
-            return (
-                f"{peer} broke off the connection before a session was up; it may have refused our certificate "
-                "(its log says why), or not be a konnektor endpoint"
-            )
-        case TimeoutError():
-            return f"{peer} did not answer in time; check the address, and that no firewall is in between"
-        case OSError():
-            return f"{peer} cannot be reached: {exc.strerror or exc}"
-        case _:
-            return f"no session with {peer}: {type(exc).__name__}: {_first_line(exc)}"
-
-
-def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
-    notes = getattr(exc, "__notes__", ())
-    note = notes[0] if notes else ""
-    code = exc.verify_code
-    if code in _WRONG_NAME:
-        dialed = re.search(r"'(.*)'", exc.verify_message)
-        name = dialed[1] if dialed else "that was dialed"
-        remedy = (
-            f"use --server-name with one of its names: {note}" if note else "use --server-name with one of its names"
-        )
-        return f"the certificate of {peer} is not for the name {name}; {remedy}"
-    if code in _NO_ISSUER:
-        return (
-            f"the certificate of {peer} was not issued by a CA that we trust ({exc.verify_message}); "
-            "issue it from our CA, or add its CA to our CA file"
-        )
-    if code == _EXPIRED:
-        when = f" on {note}" if note else ""
-        return f"the certificate of {peer} expired{when}; issue a new one, and check the clocks of both machines"
-    if code == _NOT_YET_VALID:
-        when = f" before {note}" if note else " yet"
-        return f"the certificate of {peer} is not valid{when}; check the clocks of both machines"
-    if code == _WRONG_PURPOSE:
-        return f"the certificate of {peer} is for another role than it has here; issue one with the right --role"
-    return f"the certificate of {peer} is refused: {exc.verify_message}; issue it again"
-
-
-def _explain_ssl(exc: ssl.SSLError, peer: str) -> str:
-    reason = str(getattr(exc, "reason", None) or "").upper().replace(" ", "_").replace("/", "_")
-    # Python has had TLSV1_ALERT_UNKNOWN_CA, TLSV13_ALERT_..., and OpenSSL 3.2 and later say "ssl/tls alert ...".
-    alert = reason.partition("ALERT_")[2]
-    if alert in _OUR_CERTIFICATE:
-        return f"{peer} refused our certificate: {_words(alert)} ({_words(reason)}); {_OUR_CERTIFICATE[alert]}"
-    if alert == "CERTIFICATE_REQUIRED":
-        return f"{peer} wants a certificate, and we sent none"
-    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return f"{peer} sent no certificate; konnektor endpoints must have one, issued by our CA"
-    if reason in {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST"}:
-        return f"{peer} speaks plain HTTP, and this is a TLS port for konnektor endpoints"
-    if reason in _NOT_TLS:
-        return f"{peer} speaks something other than TLS; is that the port of a konnektor endpoint?"
-    if reason in _OLD_TLS or alert == "PROTOCOL_VERSION":
-        return f"{peer} does not speak TLS 1.3; is that a konnektor endpoint?"
-    if alert == "NO_APPLICATION_PROTOCOL":
-        return f"{peer} speaks TLS but not {ALPN}; is that the port of a konnektor endpoint?"
-    if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError) or reason == "UNEXPECTED_EOF_WHILE_READING":
-        return explain(None, peer)
-    return f"TLS with {peer} failed: {_words(reason) if reason else _first_line(exc)}"
-
-
-# -- Wording ----------------------------------------------------------------------------------------------------------
-
-
 def _name(path: str | os.PathLike[str]) -> str:
-    return _printable(os.fspath(path))
-
-
-def _printable(text: str) -> str:
-    """Text from outside, fit for one line of a log."""
-    return text if text.isprintable() else ascii(text)
+    return printable(os.fspath(path))
 
 
 def _quote(text: str) -> str:
     return ascii(text if len(text) <= 300 else text[:300] + "...")
-
-
-def _date(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M} UTC"
-
-
-def _words(reason: str) -> str:
-    return reason.lower().replace("_", " ")
-
-
-def _first_line(error: BaseException) -> str:
-    return _printable(str(error).partition("\n")[0])

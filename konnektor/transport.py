@@ -3,154 +3,180 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
-from konnektor.errors import Code, PeerError
+from konnektor.errors import Code, LocalProtocolError, PeerError
 from konnektor.mux import MuxStream
-from konnektor.states import Receiving, Sending
-from konnektor.stream import Inbox, Stream
+from konnektor.states import Receiving
+from konnektor.stream import Chunks, Stream, keep
 
 __all__ = ["StreamTransport", "stream_pair"]
 
 HIGH_WATER: Final = 64 * 1024
 
+T = TypeVar("T")
+
 
 class StreamTransport(asyncio.Transport):
     """A stream as an asyncio transport: what ``loop.create_connection`` gives for a socket.
 
-    Works with ``Protocol`` and ``BufferedProtocol``; half-close, write limits and ``pause_reading``
-    behave as a TCP transport's do. An exception out of the protocol resets this stream and goes to the
-    loop's exception handler; the session and its other streams go on.
+    Works with ``Protocol`` and ``BufferedProtocol``; half-close, write limits, ``pause_reading`` and ``set_protocol``
+    behave as a TCP transport's do, and so ``loop.start_tls`` (of asyncio's own loops) works inside a stream. When
+    the peer takes no more but is still sending, what is written is dropped; only when it has sent everything, or broke
+    the stream off, is the connection lost: so an answer arrives whole though its sender did not wait for the rest of
+    the request. An exception out of the protocol resets this stream and goes to the loop's exception handler;
+    the session and its other streams go on.
+
+    Args:
+        stream: belongs to the transport from now on.
+        protocol: gets ``connection_made`` before the constructor returns.
+
+    Raises:
+        LocalProtocolError: the peer's stream was not accepted yet.
     """
+
+    _start_tls_compatible = True
+    """``loop.start_tls`` asks for it."""
 
     def __init__(self, stream: Stream, protocol: asyncio.BaseProtocol) -> None:
         super().__init__(extra={"peername": stream.session.remote_address, "konnektor_stream": stream})
+        if not stream.decided:
+            raise LocalProtocolError("accept the stream before making a transport of it")
         self._loop = asyncio.get_running_loop()
-        self._stream = stream
         self._protocol = protocol
         self._high = HIGH_WATER
         self._low = HIGH_WATER // 4
         self._write_paused = False
         self._read_paused = False
-        self._backlog: list[bytes] = []
-        self._eof_pending = False
         self._closing = False
         self._lost = False
-        self._error: Exception | None = None
+        self._stopped: PeerError | None = None
+        """Why the peer takes no more."""
         inbox = stream._inbox
         self._mux: MuxStream = stream.detach()
         self._mux.sink = self
-        self._loop.call_soon(self._start, inbox)
-
-    def _start(self, inbox: Inbox) -> None:
-        self._call(self._protocol.connection_made, self)
-        # What arrived before the view was made comes first, and what arrived since the view was made behind it.
-        early = [bytes(chunk) for chunk in inbox.chunks]
-        self._backlog[:0] = early
-        inbox.chunks.clear()
-        self._started = True
-        if inbox.eof:
-            self._eof_pending = True
+        self._chunks: Chunks = deque()
+        """Came and was not delivered."""
+        self._chunks, inbox.chunks = inbox.chunks, self._chunks
+        self._eof_due = inbox.eof
+        self._eof_delivered = False
+        self._stopped = inbox.send_error
+        self._call(protocol.connection_made, self)
+        self._deliver()
         if inbox.receive_error is not None:
             self._lose(inbox.receive_error)
-        elif inbox.forgotten and not inbox.eof:
-            self._lose(None)
-        self._deliver()
-
-    _started = False
 
     # The stream's side
 
     def accepted(self) -> None:
-        """Opened streams are accepted before a view is made of them."""
+        """Only a stream that was opened early can have a view before."""
+        if self._closing:
+            self._mux.stop()
 
     def data_received(self, data: memoryview, /) -> None:
-        self._backlog.append(bytes(data))
-        self._deliver()
+        fed = 0 if self._chunks else self._feed(data)
+        if fed < len(data):
+            keep(self._chunks, data[fed:])
 
     def eof_received(self) -> None:
-        self._eof_pending = True
+        self._eof_due = True
         self._deliver()
 
     def writable(self) -> None:
-        if self._write_paused:
-            self._write_paused = False
-            self._call(self._protocol.resume_writing)
+        if self._closing:
+            self._lose(None)
+        else:
+            self._resume_writing()
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
-        # TCP has one RST for both halves; a protocol knows no other way to hear of either.
-        self._lose(error)
+        if receiving or self._closing:
+            # TCP has one RST for both halves; a protocol knows no other way to hear of it.
+            self._lose(error)
+        else:
+            self._stopped = error
+            self._resume_writing()
 
     def closed(self) -> None:
-        self._lose(None)
+        # As with TCP, connection_lost waits for close(); the wire needs the stream's place no more.
+        self._mux.release()
 
     def _deliver(self) -> None:
-        while self._backlog and self._started and not self._read_paused and not self._lost:
-            if self._closing:
-                self._backlog.clear()
+        chunks = self._chunks
+        while chunks and self.is_reading():
+            chunk = memoryview(chunks[0])
+            fed = self._feed(chunk)
+            if not chunks:
                 break
-            chunk = self._backlog.pop(0)
-            protocol = self._protocol
-            if isinstance(protocol, asyncio.BufferedProtocol):
-                self._call(self._feed, protocol, chunk)
-            elif isinstance(protocol, asyncio.Protocol):
-                self._call(protocol.data_received, chunk)
-            self._mux.consumed(len(chunk))
-        if self._eof_pending and self._started and not self._backlog and not self._read_paused and not self._lost:
-            self._eof_pending = False
-            keep_open = isinstance(
-                self._protocol, asyncio.Protocol | asyncio.BufferedProtocol
-            ) and self._call(self._protocol.eof_received)
-            if not keep_open:
+            if fed == len(chunk):
+                chunks.popleft()
+            else:
+                chunks[0] = chunk[fed:]
+        if self._eof_due and not chunks and self.is_reading():
+            self._eof_due = False
+            self._eof_delivered = True
+            if not self._call(cast("asyncio.Protocol", self._protocol).eof_received):
                 self.close()
-            if self._mux.forgotten:
-                self._lose(None)
 
-    @staticmethod
-    def _feed(protocol: asyncio.BufferedProtocol, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            buffer = memoryview(protocol.get_buffer(len(view)))
-            count = min(len(buffer), len(view))
-            if not count:
-                raise RuntimeError("get_buffer() returned an empty buffer")
-            buffer[:count] = view[:count]
-            view = view[count:]
-            protocol.buffer_updated(count)
+    def _feed(self, data: memoryview) -> int:
+        """Gives the protocol what it takes now; returns how many bytes that were."""
+        fed = 0
+        while fed < len(data) and self.is_reading():
+            fed += self._call(self._hand_over, data[fed:]) or 0
+        self._mux.consumed(fed)
+        return fed
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _hand_over(self, data: memoryview) -> int:
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            cast("asyncio.Protocol", protocol).data_received(bytes(data))
+            return len(data)
+        buffer = memoryview(protocol.get_buffer(len(data))).cast("B")
+        count = min(len(buffer), len(data))
+        if not count:
+            raise RuntimeError("get_buffer() returned an empty buffer")
+        buffer[:count] = data[:count]
+        protocol.buffer_updated(count)
+        return count
+
+    def _call(self, function: Callable[..., T], *args: Any) -> T | None:
         """Calls the protocol; its mistake is not the session's."""
         try:
             return function(*args)
-        except Exception as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001
             self._loop.call_exception_handler(
-                {"message": "Fatal error in a protocol on a konnektor stream", "exception": error,
-                 "transport": self, "protocol": self._protocol}
-            )  # fmt: skip
-            self._fail(error)
+                {
+                    "message": "Fatal error in a protocol on a konnektor stream",
+                    "exception": error,
+                    "transport": self,
+                    "protocol": self._protocol,
+                }
+            )
+            self._force_close(error if isinstance(error, Exception) else None)
             return None
 
-    def _fail(self, error: Exception) -> None:
-        self._closing = True
-        if not self._mux.forgotten:
-            self._mux.cancel(Code.CANCELLED)
-        self._lose(error)
+    def _force_close(self, exc: Exception | None) -> None:
+        """As ``abort``; asyncio's TLS calls it with the reason."""
+        self._mux.cancel(Code.CANCELLED)
+        self._lose(exc)
 
     def _lose(self, error: Exception | None) -> None:
         """``connection_lost``, once, and never from inside the protocol's own call."""
         if self._lost:
             return
-        if error is None and self._backlog and not self._closing:
-            # Forgotten on the wire, but not everything is read yet.
-            return
         self._lost = self._closing = True
-        self._backlog.clear()
-        if error is not None and not self._mux.forgotten and self._mux.sending is not Sending.ENDED:
+        self._chunks.clear()
+        if error is not None:
             self._mux.cancel(Code.CANCELLED)
         self._mux.consumed(self._mux.receive_window.unread)
         self._mux.release()
-        self._loop.call_soon(self._protocol.connection_lost, error)
+        self._loop.call_soon(self._connection_lost, error)
+
+    def _connection_lost(self, error: Exception | None) -> None:
+        self._protocol.connection_lost(error)
 
     # The protocol's side: asyncio.Transport
 
@@ -167,33 +193,34 @@ class StreamTransport(asyncio.Transport):
         if self._closing:
             return
         self._closing = True
-        if self._mux.forgotten:
-            self._lose(None)
-            return
-        self._mux.finish()
-        if self._mux.receiving is Receiving.ENDED:
-            self._deliver()
+        self._chunks.clear()
+        stream = self._mux
+        stream.finish()
+        if stream.receiving is not Receiving.AWAITING:
+            # Before the peer's answer it would cancel the peer's dial, and what was sent would be lost.
+            stream.stop()
+        if stream.queued:
+            stream.want_room()
         else:
-            self._mux.stop()
-        self._backlog.clear()
+            self._lose(None)
 
     def abort(self) -> None:
         if not self._lost:
-            self._closing = True
-            if not self._mux.forgotten:
-                self._mux.cancel(Code.CANCELLED)
-            self._lose(None)
+            self._force_close(None)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._mux.finish_wanted and not self._closing:
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data: expecting a bytes-like instance, got {type(data).__name__}")
+        if self._closing or not data:
+            return
+        if self._mux.finish_wanted:
             raise RuntimeError("Cannot call write() after write_eof()")
-        if self._closing or self._mux.sending is not Sending.OPEN:
+        if self._stopped is not None:
+            if self._eof_delivered:
+                self._lose(self._stopped)
             return
         self._mux.write(bytes(data))
-        if self._mux.queued > self._high and not self._write_paused:
-            self._write_paused = True
-            self._mux.want_room(self._low)
-            self._call(self._protocol.pause_writing)
+        self._pause_writing()
 
     def can_write_eof(self) -> bool:
         return True
@@ -210,6 +237,19 @@ class StreamTransport(asyncio.Transport):
         if not high >= low >= 0:
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self._high, self._low = high, low
+        if not self._closing:
+            self._pause_writing()
+
+    def _pause_writing(self) -> None:
+        if self._mux.queued > self._high and not self._write_paused:
+            self._write_paused = True
+            self._mux.want_room(self._low)
+            self._call(self._protocol.pause_writing)
+
+    def _resume_writing(self) -> None:
+        if self._write_paused:
+            self._write_paused = False
+            self._call(self._protocol.resume_writing)
 
     def get_write_buffer_size(self) -> int:
         return self._mux.queued
@@ -226,7 +266,8 @@ class StreamTransport(asyncio.Transport):
     def resume_reading(self) -> None:
         if self._read_paused:
             self._read_paused = False
-            self._loop.call_soon(self._deliver)
+            if self._chunks or self._eof_due:
+                self._loop.call_soon(self._deliver)
 
 
 def stream_pair(stream: Stream) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from konnektor.addresses import Forward, parse_forward, parse_hostport
-from konnektor.cli.options import Parsed, endpoint_options, make_limits
+from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
+from konnektor.cli.options import Parsed, endpoint_options, make_limits, say_ready
 from konnektor.control_plane import ControlPlane
-from konnektor.frontends.urls import HttpFrontend, HttpsFrontend, UnixFrontend, parse_frontend
+from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
-from konnektor.runtime import run, serve_until_signalled, set_up_logging
+from konnektor.runtime import run, serve, set_up_logging
 from konnektor.tls import TLSFiles
 
 __all__ = ["control_plane"]
@@ -67,7 +67,7 @@ def _listen(text: str) -> str:
 @endpoint_options
 def control_plane(
     listen: str,
-    frontends: tuple[HttpFrontend | UnixFrontend | HttpsFrontend, ...],
+    frontends: tuple[Frontend, ...],
     forwards: tuple[Forward, ...],
     grants: tuple[tuple[str, Route], ...],
     allow_from: tuple[tuple[str, AllowRule], ...],
@@ -94,26 +94,21 @@ async def _serve(
     listen: str,
     tls: TLSFiles,
     settings: dict[str, Any],
-    frontends: tuple[HttpFrontend | UnixFrontend | HttpsFrontend, ...],
+    frontends: tuple[Frontend, ...],
     forwards: tuple[Forward, ...],
     grace: float,
 ) -> int:
-    async with ControlPlane(listen, tls=tls, **settings) as endpoint:
+    endpoint = ControlPlane(listen, tls=tls, **settings)
+
+    async def life() -> None:
+        await endpoint.start()
         ready = [f"tunnel={endpoint.address}"]
         for frontend in frontends:
-            bound = await endpoint.add_frontend(frontend)
-            match frontend:
-                case HttpFrontend():
-                    ready.append(f"http={bound}")
-                case UnixFrontend():
-                    ready.append(f"unix={bound}")
-                case HttpsFrontend():
-                    ready.append(f"https={bound}")
+            ready.append(f"{frontend.kind}={await endpoint.add_frontend(frontend)}")
         for forward in forwards:
             bound = await endpoint.add_forward(forward)
-            ready.append(f"forward={bound}->{str(forward).partition('=')[2]}")
-        click.echo("ready " + " ".join(ready))
-        forever: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        return await serve_until_signalled(forever, endpoint.drain, grace)
+            ready.append(f"forward={bound}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
+        say_ready(" ".join(ready))
+        await asyncio.Event().wait()
 
-
+    return await serve(endpoint, life(), grace)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+import traceback
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -49,8 +49,10 @@ def cli() -> None:
           --allow 127.0.0.1:80
 
     \b
-    Shell completion, for bash (zsh and fish alike):
+    Shell completion, in ~/.bashrc, ~/.zshrc or config.fish:
       eval "$(_KONNEKTOR_COMPLETE=bash_source konnektor)"
+      eval "$(_KONNEKTOR_COMPLETE=zsh_source konnektor)"
+      _KONNEKTOR_COMPLETE=fish_source konnektor | source
 
     \b
     Exit status: 0 ok, 1 internal error, 2 usage or configuration, 3 certificate or key,
@@ -72,19 +74,25 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str] | None) -> int:
     try:
         result: Any = cli.main(args, prog_name="konnektor", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help itself
         return 2
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        _say(context.command_path if context is not None else "konnektor", error.format_message())
+        return 2
     except (click.Abort, KeyboardInterrupt):
         return 130
     except KonnektorError as error:
-        click.echo(f"konnektor: {error}", err=True)
+        _say("konnektor", str(error))
         return next(status for kind, status in EXIT_STATUS if isinstance(error, kind))
-    except BrokenPipeError:
-        return 1
-    except Exception:
-        logging.getLogger("konnektor").exception("internal error")
+    except Exception as error:
+        traceback.print_exc()
+        _say("konnektor", f"internal error: {type(error).__name__}")
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _say(who: str, what: str) -> None:
+    """One line on standard error."""
+    click.echo(f"{who}: {' '.join(what.split())}", err=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -12,7 +14,7 @@ import click
 from konnektor.errors import ConfigurationError
 from konnektor.limits import Limits, format_size, parse_size
 
-__all__ = ["Parsed", "endpoint_options", "make_limits"]
+__all__ = ["Parsed", "endpoint_options", "make_limits", "say_ready"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,3 +105,13 @@ def make_limits(max_streams: int, receive_pool: int | None) -> Limits:
             f"give it {format_size(need)} or more, or lower --max-streams"
         )
     return Limits(initial_streams=max_streams, receive_pool=pool)
+
+
+def say_ready(what: str) -> None:
+    """The one line on standard output, at once even into a pipe; nobody has to read it."""
+    try:
+        click.echo(f"ready {what}")
+    except OSError:
+        # Nor does what could not be written get another try when Python exits.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from konnektor.addresses import parse_hostport
-from konnektor.cli.options import Parsed, endpoint_options, make_limits
+from konnektor.addresses import canonical_host, parse_hostport
+from konnektor.cli.options import Parsed, endpoint_options, make_limits, say_ready
 from konnektor.policy import AllowRule, parse_allow
 from konnektor.router import parse_route
-from konnektor.runtime import run, serve_until_signalled, set_up_logging
+from konnektor.runtime import run, serve, set_up_logging
 from konnektor.tls import TLSFiles
 from konnektor.worker import Worker
 
@@ -34,7 +34,7 @@ def _route(text: str) -> str:
     multiple=True,
     type=Parsed("address", _connect),
     metavar="HOST:PORT",
-    help="A control plane to keep a session to; may be given again. Example: --connect cp.example:8443",
+    help="A control plane to keep a session to; may be given again. Example: --connect cp.example.com:8443",
 )
 @click.option(
     "--allow",
@@ -42,7 +42,8 @@ def _route(text: str) -> str:
     required=True,
     type=Parsed("rule", parse_allow),
     metavar="HOST-OR-CIDR:PORTS",
-    help="What streams may reach here; nothing else is. Example: --allow 10.0.0.0/8:80,443 --allow '[::1]:10250'",
+    help="What streams may reach here, and nothing else; may be given again. "
+    "Example: --allow 10.0.0.0/8:80,443 --allow '*.svc.example:*' --allow '[::1]:8000-8100'",
 )
 @click.option(
     "--route",
@@ -55,6 +56,7 @@ def _route(text: str) -> str:
 )
 @click.option(
     "--server-name",
+    type=Parsed("name", canonical_host),
     metavar="NAME",
     help="Name to demand of the control plane's certificate, if not the host. Example: --server-name cp",
 )
@@ -93,10 +95,10 @@ def worker(
 async def _serve(connect: tuple[str, ...], tls: TLSFiles, settings: dict[str, Any], grace: float) -> int:
     endpoint = Worker(connect, tls=tls, **settings)
 
-    async def live() -> None:
+    async def life() -> None:
+        await endpoint.start()
         await endpoint.wait_connected()
-        click.echo(f"ready worker={endpoint.identity.name} connected={endpoint.connected[0]}")
+        say_ready(f"worker={endpoint.identity.name} connected={endpoint.connected[0]}")
         await endpoint.wait_closed()
 
-    async with endpoint:
-        return await serve_until_signalled(live(), endpoint.drain, grace)
+    return await serve(endpoint, life(), grace)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from konnektor.errors import Code, KonnektorError
+from konnektor.errors import Code, KonnektorError, PeerError, StreamError
 from konnektor.session import Session
 from konnektor.splice import Splice
 from konnektor.stream_types import StreamType
 
-__all__ = ["forward_protocol"]
+__all__ = ["ForwardSplice"]
 
 
-def forward_protocol(
-    choose: Callable[[], Session], request: StreamType, on_refused: Callable[[KonnektorError], None]
-) -> asyncio.BufferedProtocol:
-    """The protocol of one accepted connection: opens its stream and relays at once, ahead of the answer.
+class ForwardSplice(Splice):
+    """One accepted connection: opens its stream and relays at once, ahead of the answer.
 
     A refusal reaches the client as a reset, which is all that TCP can say.
 
@@ -25,14 +23,26 @@ def forward_protocol(
         request: what to open.
         on_refused: told why a stream could not be opened.
     """
-    joint = Splice(code=Code.CANCELLED)
 
-    def connected(_transport: asyncio.Transport) -> None:
+    __slots__ = ("_choose", "_on_refused", "_request")
+
+    def __init__(
+        self, choose: Callable[[], Session], request: StreamType, on_refused: Callable[[KonnektorError], None]
+    ) -> None:
+        super().__init__(code=Code.CANCELLED)
+        self._choose = choose
+        self._request = request
+        self._on_refused = on_refused
+
+    def connected(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
         try:
-            joint.attach(choose().open_sink(request, joint))
+            self.attach(self._choose().open_sink(self._request, self))
         except KonnektorError as error:
-            on_refused(error)
-            joint.break_off()
+            self._on_refused(error)
+            self.break_off()
 
-    joint.on_connected = connected
-    return joint.local
+    def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
+        if isinstance(error, StreamError) and error.refused:
+            self._on_refused(error)
+        super().failed(error, receiving=receiving, sending=sending)

@@ -20,6 +20,8 @@ HEAD_TIMEOUT: Final = 10.0
 """Seconds a client has for its request."""
 EARLY: Final = 64 * 1024
 """Bytes a client may send before its 200; then it is not read until then."""
+LINGER: Final = 2.0
+"""Seconds that a client which is refused has to read why, and to close."""
 
 Opener = Callable[[ConnectRequest], Awaitable[Stream]]
 """Opens the stream for a request, or raises a KonnektorError that says why not."""
@@ -36,42 +38,52 @@ class HttpConnect(asyncio.BufferedProtocol):
     Args:
         opener: routes and opens.
         spawn: runs a coroutine as a task that somebody owns.
+
+    Attributes:
+        on_closed: called once, when the connection is over, tunnel included.
+        transport: of the connection, None before and after.
     """
 
-    def __init__(
-        self, opener: Opener, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-    ) -> None:
+    def __init__(self, opener: Opener, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._opener = opener
         self._spawn = spawn
         self._parser: ConnectParser | None = ConnectParser()
-        self._transport: asyncio.Transport | None = None
         self._early = bytearray()
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._client = ""
+        self._answered = False
+        self._refused = False
+        self._half_closed = False
+        self.on_closed: Callable[[], object] | None = None
+        self.transport: asyncio.Transport | None = None
+
+    # What the transport says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio's.
-        self._transport = cast("asyncio.Transport", transport)
+        self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        self._client = format_hostport(*peer[:2]) if isinstance(peer, tuple) else "a Unix socket"
-        self._timer = self._loop.call_later(HEAD_TIMEOUT, self._answer_error, BadRequest(408, "Request Timeout"))
+        self._client = format_hostport(*peer[:2]) if isinstance(peer, tuple) else "a local client"
+        self._timer = self._loop.call_later(HEAD_TIMEOUT, self._refuse, BadRequest(408, "Request Timeout"))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return scratch().view[:EARLY]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if self._refused:
+            return
         data = bytes(scratch().view[:nbytes])
         if self._parser is None:
             self._early += data
-            if len(self._early) >= EARLY and self._transport is not None:
-                self._transport.pause_reading()
+            if len(self._early) >= EARLY and self.transport is not None:
+                self.transport.pause_reading()
             return
         try:
             request = self._parser.feed(data)
         except BadRequest as error:
-            self._answer_error(error)
+            self._refuse(error)
             return
         if request is not None:
             self._parser = None
@@ -80,8 +92,9 @@ class HttpConnect(asyncio.BufferedProtocol):
             self._task = self._spawn(self._serve(request))
 
     def eof_received(self) -> bool:
-        # No tunnel yet, so nothing can be half-closed: the client gave up.
-        return False
+        # Before the 200 nothing can be half-closed: the client gave up. After it, the tunnel will be told.
+        self._half_closed = self._answered
+        return self._answered
 
     def pause_writing(self) -> None:
         """Only the head of an answer is written here."""
@@ -90,36 +103,54 @@ class HttpConnect(asyncio.BufferedProtocol):
         """See ``pause_writing``."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self.transport = None
         self._stop_timer()
         if self._task is not None:
             self._task.cancel()
+        if self.on_closed is not None:
+            self.on_closed()
+
+    # What becomes of a request
+
+    def leave(self) -> None:
+        """The frontend takes no more requests; one that is here is served."""
+        if self._parser is not None:
+            self._refuse(BadRequest(503, "Shutting Down"))
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _answer_error(self, error: Exception) -> None:
+    def _refuse(self, error: Exception, target: str = "") -> None:
         self._stop_timer()
         status, phrase = status_for(error)
-        logger.info("%s: %d %s: %s", self._client, status, phrase, error)
-        transport = self._transport
-        if transport is not None and not transport.is_closing():
-            transport.write(response(status, phrase))
+        what = f"CONNECT {target}" if target else "a request"
+        # What came of a bad request is in the phrase already.
+        why = "" if isinstance(error, BadRequest) else f" ({error})"
+        logger.warning("refused %s %s: %d %s%s", self._client, what, status, phrase, why)
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        self._refused, self._parser = True, None
+        transport.write(response(status, phrase))
+        if transport.can_write_eof():
+            # What the client still sends is read and dropped: unread, it would make the kernel reset the connection,
+            # and the answer would be lost (RFC 9112 section 9.6).
+            transport.write_eof()
+            transport.resume_reading()
+            self._timer = self._loop.call_later(LINGER, transport.abort)
+        else:  # TLS, which says goodbye by itself
             transport.close()
 
     async def _serve(self, request: ConnectRequest) -> None:
         target = format_hostport(request.host, request.port)
         try:
             stream = await self._opener(request)
-        except KonnektorError as error:
-            logger.info("%s: CONNECT %s failed", self._client, target)
-            self._answer_error(error)
-            return
         except Exception as error:
-            logger.exception("%s: CONNECT %s failed inside", self._client, target)
-            self._answer_error(error)
+            if not isinstance(error, KonnektorError):
+                logger.exception("internal error")
+            self._refuse(error, target)
             return
         try:
             await self._establish(stream)
@@ -129,24 +160,27 @@ class HttpConnect(asyncio.BufferedProtocol):
         logger.debug("%s: CONNECT %s is up", self._client, target)
 
     async def _establish(self, stream: Stream) -> None:
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            stream.reset()
-            return
+        transport = self.transport
+        assert transport is not None  # else this task would be cancelled
+        self._answered = True
         transport.write(response(200))
-        # One more turn of the loop sends it; until it is out, what the target says waits in the stream.
+        # Until the 200 is with the kernel, and for one more turn of the loop, the target's bytes wait in the stream.
         await asyncio.sleep(0)
         while transport.get_write_buffer_size() and not transport.is_closing():
             await asyncio.sleep(0.001)
-        if self._transport is None or transport.is_closing():
+        # From here on nothing awaits.
+        self._task = None
+        if transport.is_closing():
             stream.reset()
             return
-        self._task = None
-        joint = Splice(code=Code.CANCELLED)
+        joint = Splice(code=Code.CANCELLED, on_closed=self.on_closed)
         transport.set_protocol(joint.local)
         joint.on_connected = lambda _transport: joint.attach(stream.detach())
         joint.connected(transport)
         if self._early:
             joint.local_data(bytes(self._early))
-            self._early.clear()
-        joint.writable()
+        if self._half_closed:
+            if not joint.local_eof():
+                transport.close()
+        else:
+            joint.writable()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import ClassVar, Final, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from konnektor.addresses import format_hostport, parse_hostport, quote
 from konnektor.errors import ConfigurationError
 
-__all__ = ["HttpFrontend", "HttpsFrontend", "UnixFrontend", "parse_frontend"]
+__all__ = ["Frontend", "HttpFrontend", "HttpsFrontend", "UnixFrontend", "parse_frontend"]
+
+MAX_PATH: Final = 107
+"""Bytes of a Unix socket's path: ``sun_path`` of unix(7), less its NUL."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpFrontend:
     """Plaintext CONNECT on a loopback address."""
 
+    kind: ClassVar[str] = "http"
     host: str
     port: int
 
@@ -27,6 +32,7 @@ class HttpFrontend:
 class UnixFrontend:
     """Plaintext CONNECT on a Unix socket, whose permissions are the authentication."""
 
+    kind: ClassVar[str] = "unix"
     path: str
 
     def __str__(self) -> str:
@@ -37,6 +43,7 @@ class UnixFrontend:
 class HttpsFrontend:
     """CONNECT over TLS with client certificates, as kube-apiserver does it."""
 
+    kind: ClassVar[str] = "https"
     host: str
     port: int
     cert: str
@@ -47,7 +54,10 @@ class HttpsFrontend:
         return f"https://{format_hostport(self.host, self.port)}"
 
 
-def parse_frontend(url: str) -> HttpFrontend | UnixFrontend | HttpsFrontend:
+Frontend: TypeAlias = HttpFrontend | UnixFrontend | HttpsFrontend
+
+
+def parse_frontend(url: str) -> Frontend:
     """``http://HOST:PORT``, ``http+unix:///PATH`` or ``https://HOST:PORT?cert=F&key=F&client-ca=F``.
 
     Raises:
@@ -59,10 +69,10 @@ def parse_frontend(url: str) -> HttpFrontend | UnixFrontend | HttpsFrontend:
         parts = urlsplit("")
     if parts.scheme == "http+unix":
         path = unquote(parts.path)
-        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or len(path.encode()) > 100:
+        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or len(path.encode()) > MAX_PATH:
             raise ConfigurationError(
                 f"frontend {quote(url)} has no usable path: write http+unix:///run/konnektor/connect.sock, "
-                "at most 100 bytes"
+                f"at most {MAX_PATH} bytes"
             )
         return UnixFrontend(path)
     if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.fragment:
@@ -74,7 +84,9 @@ def parse_frontend(url: str) -> HttpFrontend | UnixFrontend | HttpsFrontend:
         host, port = parse_hostport(parts.netloc, zero=True)
     except ConfigurationError as error:
         raise ConfigurationError(f"frontend {quote(url)}: {error}") from None
-    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    # Not parse_qsl, which reads a plus sign as a space: these are names of files.
+    pairs = [pair.partition("=") for pair in parts.query.split("&") if pair]
+    query = {unquote(name): unquote(value) for name, _, value in pairs}
     if parts.scheme == "http":
         if query:
             raise ConfigurationError(f"frontend {quote(url)}: http takes no parameters; for TLS write https://")
@@ -85,8 +97,12 @@ def parse_frontend(url: str) -> HttpFrontend | UnixFrontend | HttpsFrontend:
         return HttpFrontend(host, port)
     missing = [name for name in ("cert", "key", "client-ca") if not query.get(name)]
     unknown = [name for name in query if name not in ("cert", "key", "client-ca")]
-    if missing or unknown:
-        fault = f"lacks {', '.join(missing)}" if missing else f"has an unknown parameter {quote(unknown[0])}"
+    if missing or unknown or len(query) < len(pairs):
+        fault = (
+            f"lacks {', '.join(missing)}" if missing
+            else f"has an unknown parameter {quote(unknown[0])}" if unknown
+            else "has a parameter twice"
+        )  # fmt: skip
         raise ConfigurationError(f"frontend {quote(url)} {fault}: write https://HOST:PORT?cert=F&key=F&client-ca=F")
     return HttpsFrontend(host, port, query["cert"], query["key"], query["client-ca"])
 

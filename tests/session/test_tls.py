@@ -23,15 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from konnektor import pki
 from konnektor.errors import CertificateError, ConfigurationError, HandshakeError
+from konnektor.handshake import explain, with_alerts
 from konnektor.tls import (
     Identity,
     Role,
     TLSFiles,
     check_name,
-    explain,
     frontend_context,
     peer_identity,
-    with_alerts,
 )
 
 DOMAIN = "konnektor.local"

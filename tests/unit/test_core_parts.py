@@ -154,14 +154,14 @@ def test_only_the_ping_that_is_out_is_answered():
 
 def test_round_trips_are_measured_while_frames_flow():
     life = Liveness(0.0, 10.0)
-    assert not life.sent(0.0)
+    assert not life.measure_due(0.0)
     life.established(60)
-    assert life.sent(0.0)
+    assert life.measure_due(0.0)
     life.ping(0.0)
-    assert not life.sent(5.0)
+    assert not life.measure_due(5.0)
     life.pong(1, 5.0)
-    assert not life.sent(1.9)
-    assert life.sent(5.0)
+    assert not life.measure_due(0.4)
+    assert life.measure_due(5.0)
 
 
 def test_no_progress():
@@ -176,6 +176,17 @@ def test_no_progress():
     assert "acknowledged nothing for 30 s" in life.check(32.0, 0.0)
     life.acked(32.0, all_of_it=True)
     assert life.check(32.0, 0.0) is None
+
+
+def test_no_progress_of_a_peer_that_is_silent_is_silence():
+    life = Liveness(0.0, 10.0)
+    life.established(60)
+    life.sent(5.0)
+    assert life.check(15.0, 10.0) is None
+    assert life.due == 35.0
+    life.due = 36.0
+    assert life.check(36.0, 10.0) is None
+    assert life.due == 55.0
 
 
 @given(st.floats(0, 1e7), st.floats(0, 100), st.floats(0, 3))
@@ -302,13 +313,14 @@ def test_flight_counts_and_estimates():
     flight.on_rtt(0.3, 0.0)
     assert flight.rtt == pytest.approx(0.125)
     assert flight.rtt_min == pytest.approx(0.1)
+    flight.on_ack(4, 0.1)
     flight.on_ack(5, 0.1)
     assert (flight.in_flight, flight.acked) == (5000, 5)
     flight.on_ack(10, 0.1)
     assert flight.rate == pytest.approx(100_000)
     assert flight.cap(0.1) == int(2 * flight.rate * (flight.rtt_min + 0.002))
     flight.on_interactive(0.1)
-    assert flight.cap(0.1) == int(2 * flight.rate * (flight.rtt_min + 0.000_25))
+    assert flight.cap(0.1) == int(1.25 * flight.rate * (flight.rtt_min + 0.000_25))
     assert flight.frame_limit() == 4096
     flight.on_sent(10)
     flight.on_batch(1.0, limited=True)
@@ -318,3 +330,29 @@ def test_flight_counts_and_estimates():
     flight.on_batch(3.0, limited=True)
     flight.on_ack(12, 3.0)
     flight.assert_invariants()
+
+
+def test_acks_that_come_together_prove_no_speed():
+    flight = Flight(1000)
+    flight.on_sent(1000)
+    flight.on_batch(0.0, limited=False)
+    flight.on_sent(1000)
+    flight.on_batch(0.9, limited=False)
+    # Both were acknowledged in one go: 2,000 bytes in a second, not 1,000 in a tenth of one.
+    flight.on_ack(2, 1.0)
+    assert flight.rate == pytest.approx(2000)
+
+
+def test_the_queue_is_drained_now_and_then_so_that_a_ping_measures_the_path():
+    flight = Flight(1000)
+    flight.on_rtt(0.1, 0.0)
+    assert not flight.probe_wanted(0.0)
+    flight.on_sent(100_000)
+    assert flight.probe_wanted(0.0)
+    flight.on_ping(0.0)
+    assert flight.probe_wanted(0.0)  # that PING stood behind too much
+    flight.on_ack(1, 0.0)
+    flight.on_ping(0.0)
+    flight.on_sent(100_000)
+    assert not flight.probe_wanted(3.9)
+    assert flight.probe_wanted(4.1)

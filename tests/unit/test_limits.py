@@ -48,7 +48,15 @@ def test_half_of_the_pool_is_for_the_reservations():
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4096", 4096), ("64k", 64 * KIB), ("64KiB", 64 * KIB), (" 1.5 GiB ", 3 * GIB // 2), ("2MB", 2 * MIB), ("0", 0), ("7b", 7)],
+    [
+        ("4096", 4096),
+        ("64k", 64 * KIB),
+        ("64KiB", 64 * KIB),
+        (" 1.5 GiB ", 3 * GIB // 2),
+        ("2MB", 2 * MIB),
+        ("0", 0),
+        ("7b", 7),
+    ],
 )
 def test_parse_size(text, size):
     assert parse_size(text) == size
@@ -62,4 +70,11 @@ def test_not_a_size(text):
 
 
 def test_format_size():
-    assert [format_size(n) for n in (0, 1, 1536, 2 * KIB, 3 * MIB, 4 * GIB)] == ["0", "1", "1536", "2KiB", "3MiB", "4GiB"]
+    assert [format_size(n) for n in (0, 1, 1536, 2 * KIB, 3 * MIB, 4 * GIB)] == [
+        "0",
+        "1",
+        "1536",
+        "2KiB",
+        "3MiB",
+        "4GiB",
+    ]

@@ -3,7 +3,7 @@
 import pytest
 
 from konnektor.errors import Code
-from konnektor.frames import HEADER_SIZE, Credit, Data, FrameType, scan
+from konnektor.frames import Credit, Data, FrameType, Ping, Priority, scan
 from konnektor.limits import KIB, MIB, Limits
 from tests.pair import Pair
 from tests.unit.test_mux_streams import frames_of
@@ -91,8 +91,7 @@ def test_a_peer_that_never_reads_leaves_memory_flat():
     pair.server.blocked = True
     mux = pair.server.mux
     for n in range(2000):
-        ping = HEADER_SIZE.to_bytes(1, "big")[:0] + b"\x44\0\0\x08\0\0\0\0" + n.to_bytes(8, "big")
-        pair.client.inject(ping, Data(ours.id, b"x"), Credit(ours.id, n), b"\x80\0\0\x02\0\0\0\x01\0\x05")
+        pair.client.inject(Ping(n), Data(ours.id, b"x"), Credit(ours.id, n), Priority(ours.id, 0, 5))
         theirs.prioritize(n % 3)
     assert len(mux.control) <= 1
     assert len(mux.flight._sizes) < 10
@@ -115,7 +114,7 @@ def test_a_peer_that_never_acknowledges_stops_the_data():
     pair.client.flush()
     flight = pair.client.mux.flight
     assert flight.cap(pair.now) <= flight.in_flight <= flight.cap(pair.now) + 64 * KIB
-    small, _ = pair.client.open(), None
+    small = pair.client.open()
     small.write(b"!")
     before = len(pair.client.wire)
     pair.client.flush()
@@ -255,7 +254,7 @@ def test_interactive_passes_bulk():
 
 def test_control_takes_at_most_its_share_of_a_batch():
     pair = Pair(Limits(initial_streams=1000, initial_window=16 * KIB, receive_pool=64 * MIB))
-    ours, theirs = pair.open()
+    _ours, theirs = pair.open()
     theirs.write(b"x" * 16_000)
     for _ in range(900):
         pair.client.open()
@@ -263,7 +262,7 @@ def test_control_takes_at_most_its_share_of_a_batch():
     pair.client.deliver()
     for stream in pair.server.opened[1:]:
         stream.accept(b"h" * 100)
-    batch = pair.server.mux.data_to_send(pair.now)
+    batch = pair.server.mux.data_to_send(pair.now, 64 * KIB)
     kinds = [type(frame) for frame, _ in scan(batch)]
     assert Data in kinds
     assert sum(kind is not Data for kind in kinds) * 112 < 32 * KIB

@@ -17,11 +17,11 @@ def kinds(side):
 # HELLO
 
 
-def test_server_sends_only_hello_before_the_clients():
+def test_server_sends_nothing_before_the_clients_hello():
     pair = Pair(hello=False)
     pair.server.mux.ping()
     pair.server.open()
-    assert kinds(pair.server) == [Hello]
+    assert kinds(pair.server) == []
     assert not pair.server.mux.established
     pair.pump()
     assert pair.server.mux.established and pair.client.mux.established
@@ -36,7 +36,7 @@ def test_client_may_use_the_floors_before_the_servers_hello():
     frames = frames_of(pair.client)
     assert [type(f) for f in frames[:9]] == [Hello, *[Open] * 8]
     data = [f for f in frames if isinstance(f, Data)]
-    assert sum(len(f.payload) for f in data if f.stream == 1) == 16 * KIB - 0 or data
+    assert sum(len(f.payload) for f in data if f.stream == 1) == 16_376  # what is left of 16 KiB is a crumb
     assert all(len(f.payload) <= 16_376 for f in data)
     pair.pump()
     assert [len(stream.sink.data) for stream in pair.server.opened] == [20_000] * 8
@@ -287,7 +287,7 @@ def test_drain_of_an_empty_session():
 
 def test_two_phases():
     pair = Pair()
-    ours, theirs = pair.open()
+    _ours, _theirs = pair.open()
     pair.client.mux.drain(25, pair.now)
     crossing = pair.server.open()  # the server has not read GOAWAY
     pair.server.flush()
@@ -459,12 +459,21 @@ def test_connection_lost_right_after_close():
     assert pair.client.mux.data_to_send(pair.now) == b""
 
 
-def test_close_before_hello_says_hello_first():
+@pytest.mark.parametrize("who", [0, 1])
+def test_close_may_be_the_first_frame(who):
     pair = Pair(hello=False)
-    pair.server.mux.close(Code.IDENTITY, "who are you")
-    assert kinds(pair.server) == [Hello, Close]
+    side = pair.sides[who]
+    side.mux.close(Code.IDENTITY, "who are you")
+    assert kinds(side) == [Close]
     pair.pump()
-    assert pair.client.error.code == Code.IDENTITY
+    assert side.peer.error.code == Code.IDENTITY and "hello" not in side.peer.kinds
+
+
+def test_a_client_refused_for_its_hello_gets_no_hello():
+    pair = Pair(hello=False)
+    pair.server.on["hello"] = lambda side: side.mux.close(Code.IDENTITY, "not you")
+    pair.pump()
+    assert pair.client.error.code == Code.IDENTITY and "hello" not in pair.client.kinds
 
 
 def test_session_end_spares_what_was_over():
@@ -485,26 +494,28 @@ def test_session_end_spares_what_was_over():
 # Calls from inside callbacks
 
 
+def open_more(stream):
+    side = stream._mux.handler
+    if stream._mux.error is None and not stream._mux.draining and len(side.all) < 30:
+        side.open()
+
+
 CALLS = {
     "reset": lambda s: s.reset(),
     "stop": lambda s: s.stop(),
     "cancel": lambda s: s.cancel(),
     "finish": lambda s: s.finish() if s.sending.name != "UNDECIDED" else s.accept(),
-    "write": lambda s: s.write(b"!" * 3000) if s.sending.name in ("OPEN", "UNSENT") and s.send_window.sent < 10**6 else None,
+    "write": lambda s: (
+        s.write(b"!" * 3000) if s.sending.name in ("OPEN", "UNSENT") and s.send_window.sent < 10**6 else None
+    ),
     "consume": lambda s: s.consumed(10**9),
     "close session": lambda s: s._mux.close(),
     "lose connection": lambda s: s._mux.connection_lost("gone"),
-    "open": lambda s: open_more(s),
+    "open": open_more,
     "drain": lambda s: s._mux.drain(1, 1000.0),
     "release": lambda s: s.release(),
     "prioritize": lambda s: s.prioritize(2, 3),
 }
-
-
-def open_more(stream):
-    side = stream._mux.handler
-    if stream._mux.error is None and not stream._mux.draining and len(side.all) < 30:
-        side.open()
 
 
 @pytest.mark.parametrize("event", ["accepted", "data", "eof", "writable", "failed", "closed"])
@@ -597,11 +608,51 @@ def test_work_added_while_rendering_is_not_forgotten():
     """writable() of one stream resets another, after the batch's control was rendered."""
     pair = Pair()
     other, theirs = pair.open()
-    ours, _ = pair.open(on={"writable": lambda s: other.cancel()})
+    ours, _ = pair.open(on={"writable": lambda _: other.cancel()})
     ours.write(b"x" * 1000)
     ours.want_room()
     pair.pump()
     assert theirs.sink.kinds[-1] == "closed"
+
+
+def test_a_waiting_open_that_another_ones_failure_cancels():
+    pair = Pair()
+    for _ in range(8):
+        pair.open()
+    doomed = pair.client.open(on={"failed": lambda _: other.cancel()})
+    other = pair.client.open()
+    pair.server.mux.drain(5, pair.now)
+    pair.pump()
+    assert doomed.sink.kinds == ["failed", "closed"]
+    assert other.sink.kinds == ["closed"]
+
+
+def _defect(_):
+    raise ZeroDivisionError
+
+
+def test_a_sink_that_raises_when_the_session_ends_keeps_nobody_from_hearing():
+    pair = Pair()
+    streams = [pair.client.open(on={"failed": _defect}) for _ in range(3)]
+    pair.pump()
+    with pytest.raises(ZeroDivisionError):
+        pair.client.mux.close()
+    assert [stream.sink.kinds[0] for stream in streams] == ["failed"] * 3
+    assert pair.client.events == [("closed", "SessionError")]
+    assert kinds(pair.client) == [Close]
+
+
+def test_a_sink_that_raises_while_rendering_leaves_the_mux_fit_to_close():
+    pair = Pair()
+    ours, _ = pair.open(on={"writable": _defect})
+    ours.write(b"x")
+    ours.want_room()
+    with pytest.raises(ZeroDivisionError):
+        pair.client.mux.data_to_send(pair.now)
+    pair.client.pending = False
+    pair.client.mux.close(Code.INTERNAL)
+    assert pair.client.pending
+    assert kinds(pair.client) == [Close]
 
 
 def test_garbage_after_close_frame():
@@ -641,7 +692,7 @@ def test_streams_frame_raises_and_never_lowers():
 def test_a_handler_that_sets_no_sink():
     pair = Pair()
     pair.server.auto = None
-    pair.server.stream_opened = lambda stream: None
+    pair.server.stream_opened = lambda _: None
     stream = pair.client.open()
     stream.write(b"x")
     stream.finish()

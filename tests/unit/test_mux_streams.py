@@ -388,7 +388,7 @@ def test_stop_of_a_finishing_stream_resets_it():
 
 def test_frames_for_a_forgotten_stream():
     pair = Pair()
-    ours, theirs = pair.open()
+    ours, _theirs = pair.open()
     ours.cancel()
     pair.pump()
     pair.client.inject(Credit(1, 99_999), Stop(1, 40), Reset(1, 40, 0), Priority(1, 0, 1), Datagram(1, 0, b"x"))
@@ -400,7 +400,7 @@ def test_frames_for_a_forgotten_stream():
 @pytest.mark.parametrize("frame", [Data(1, b"", 1), Accept(1), Refuse(1, 32)])
 def test_other_frames_for_a_forgotten_stream_are_offences(frame):
     pair = Pair()
-    ours, theirs = pair.open()
+    ours, _theirs = pair.open()
     ours.cancel()
     pair.pump()
     pair.server.inject(frame)
@@ -476,7 +476,7 @@ def test_calls_that_do_not_fit():
     with pytest.raises(LocalProtocolError):
         ours.refuse(32)
     theirs.accept(b"h" * 8188)
-    for call in (lambda: theirs.accept(), lambda: theirs.refuse(32)):
+    for call in (theirs.accept, lambda: theirs.refuse(32)):
         with pytest.raises(LocalProtocolError):
             call()
     pair.pump()
@@ -641,6 +641,22 @@ def test_reset_owed_and_not_sent_ends_the_session(how):
         victim.flush()
     pair.sleep(1.5, pump=False)
     assert victim.error.code == Code.TIMEOUT
+
+
+def test_reset_after_the_ack_and_in_time():
+    pair = Pair()
+    ours, _theirs = pair.open()
+    ours.stop()
+    pair.client.flush()
+    pair.client.wire.clear()
+    pair.server.inject(b"\x43\0\0\x08\0\0\0\0" + pair.client.mux.flight.sent.to_bytes(8, "big"))
+    pair.now += 1
+    pair.server.inject(Reset(1, 40, 0))
+    for _ in range(40):
+        pair.sleep(1, pump=False)
+        pair.server.inject(b"\x81\0\0\0\0\0\0\0")
+    assert pair.client.error is None
+    assert ours.receiving is Receiving.ENDED
 
 
 def test_reset_that_comes_in_time():

@@ -73,7 +73,9 @@ def test_every_type_and_flag_has_a_vector():
     seen = {vector["frame"]["type"] for vector in known if vector["frame"]}
     assert seen == {kind.name for kind in FrameType}
     assert {vector["frame"]["flags"] for vector in known if vector["frame"] and "flags" in vector["frame"]} == {0, 1, 2}
-    tlvs = {tlv for v in known if v["frame"] and v["frame"]["type"] in ("OPEN", "ACCEPT") for tlv, _ in v["frame"]["tlvs"]}
+    tlvs = {
+        tlv for v in known if v["frame"] and v["frame"]["type"] in ("OPEN", "ACCEPT") for tlv, _ in v["frame"]["tlvs"]
+    }
     assert tlvs == set(frames.OpenTLV)
 
 

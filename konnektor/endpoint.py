@@ -1,0 +1,143 @@
+"""What the worker and the control plane have in common: who they are, what they serve, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, ClassVar, Final, Self, TypeVar
+
+from konnektor.changes import Changes
+from konnektor.errors import Code
+from konnektor.limits import Limits
+from konnektor.policy import AllowList
+from konnektor.reloading import ReloadingContext
+from konnektor.session import Handlers, Session
+from konnektor.stream import Stream
+from konnektor.stream_types import StreamType, Tcp
+from konnektor.targets import Targets
+from konnektor.tls import Identity, TLSFiles
+
+__all__ = ["Endpoint"]
+
+T = TypeVar("T", bound=StreamType)
+
+LAST_WORDS: Final = 3.0
+"""Seconds after the grace of a drain that peers have to take the last frames and say goodbye."""
+
+
+class Endpoint(ABC):
+    """One end, with any number of sessions. An async context manager: entering starts it, leaving ends it.
+
+    It owns a task for each session and each attempt to get one; ending is waiting for them.
+
+    Args:
+        tls: its files.
+        build: makes a TLS context from them.
+        allowed: what the streams of a session may reach here.
+        limits: of each session.
+
+    Attributes:
+        handlers: what serves the peers' streams; ``handle`` adds to it.
+        identity: who this end is, by its certificate.
+        limits: of each session.
+
+    Raises:
+        CertificateError: the files cannot be used.
+    """
+
+    _kind: ClassVar[str]
+
+    def __init__(
+        self,
+        tls: TLSFiles,
+        build: Callable[[], ssl.SSLContext],
+        allowed: Callable[[Session], AllowList],
+        limits: Limits | None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self._context = ReloadingContext(tls, build)
+        self.identity: Identity = self._context.identity
+        self._targets = Targets(allowed)
+        self.handlers = Handlers()
+        self.handlers.add(Tcp, self._targets.serve)
+        self._live: set[Session] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changes = Changes()
+        self._leaving = False
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begins; see each endpoint."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def handle(
+        self, request: type[T]
+    ) -> Callable[[Callable[[Stream, T], Awaitable[None]]], Callable[[Stream, T], Awaitable[None]]]:
+        """Decorator: serves peers' streams of a type of your own; ``stream.session.peer_name`` says whose it is."""
+
+        def add(handler: Callable[[Stream, T], Awaitable[None]]) -> Callable[[Stream, T], Awaitable[None]]:
+            self.handlers.add(request, handler)
+            return handler
+
+        return add
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # The end
+
+    async def drain(self, grace: float) -> None:
+        """Takes nothing new, tells every peer, and waits for what is open: ``grace`` seconds, then it is reset.
+
+        Returns when nothing is left, a few seconds after the grace at the latest. Cancelled, it drops what is left.
+        """
+        self._leave(drain=True)
+        try:
+            async with asyncio.timeout(grace + LAST_WORDS):
+                for session in self._live:
+                    session.start_drain(grace, f"the {self._kind} is shutting down")
+                await self._wait_ended()
+        except TimeoutError:
+            pass
+        finally:
+            self._drop()
+        await self._wait_ended()
+
+    async def aclose(self) -> None:
+        """Ends everything now: streams that are open break. Cancelled, it drops the connections."""
+        self._leave(drain=False)
+        for session in self._live:
+            session.close(Code.SHUTDOWN, f"the {self._kind} is closed")
+        self._targets.abort()
+        try:
+            await self._wait_ended()
+        except asyncio.CancelledError:
+            self._drop()
+            raise
+
+    def _leave(self, *, drain: bool) -> None:
+        """Takes no new peers; ``drain`` lets what is open go on."""
+        self._leaving = True
+        self._changes.notify()
+
+    def _drop(self) -> None:
+        """Drops every connection without a word."""
+        for session in self._live:
+            session.abort()
+        self._targets.abort()
+
+    async def _wait_ended(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._targets.wait_closed()

@@ -1,0 +1,154 @@
+"""The local clients of a control plane, from accept to the last byte: who listens for them, and who is there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final
+
+from konnektor.addresses import Forward, format_hostport
+from konnektor.changes import Changes
+from konnektor.dial import set_options
+from konnektor.errors import KonnektorError
+from konnektor.frontends.forward import ForwardSplice
+from konnektor.frontends.http_server import HttpConnect, Opener
+from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
+from konnektor.handshake import explain, with_alerts
+from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from konnektor.session import Session
+from konnektor.socket_transport import SocketTransport
+from konnektor.stream_types import Tcp
+from konnektor.tls import frontend_context
+
+__all__ = ["Clients"]
+
+TLS_TIMEOUT: Final = 10.0
+"""Seconds that a client of an ``https://`` frontend has for its handshake, and to close."""
+
+Factory = Callable[[], HttpConnect | ForwardSplice]
+
+logger: Final = logging.getLogger("konnektor.clients")
+
+
+class Clients:
+    """Listens for clients, and owns them until they are gone.
+
+    Args:
+        opener: opens the stream for a CONNECT.
+        session_of: the session of a worker by its name; raises a KonnektorError if there is none.
+    """
+
+    def __init__(self, opener: Opener, session_of: Callable[[str], Session]) -> None:
+        self._opener = opener
+        self._session_of = session_of
+        self._acceptors: list[Acceptor] = []
+        self._here: set[asyncio.Transport] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changes = Changes()
+
+    async def add_forward(self, forward: Forward) -> str:
+        """Listens on a local address for one destination; see ``ControlPlane.add_forward``."""
+        request = Tcp(forward.host, forward.port)
+
+        def refused(error: KonnektorError) -> None:
+            logger.warning("forward %s: %s", forward, error)
+
+        def make() -> ForwardSplice:
+            return ForwardSplice(partial(self._session_of, forward.worker), request, refused)
+
+        return self._listen(await bind_tcp(forward.listen_host, forward.listen_port), make)
+
+    async def add_frontend(self, frontend: Frontend) -> str:
+        """Serves HTTP CONNECT; see ``ControlPlane.add_frontend``."""
+        make = partial(HttpConnect, self._opener, self._spawn)
+        if isinstance(frontend, UnixFrontend):
+            return self._listen([bind_unix(frontend.path)], make)
+        context = None
+        if isinstance(frontend, HttpsFrontend):
+            context = frontend_context(frontend.cert, frontend.key, frontend.client_ca)
+        return self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
+
+    def _listen(self, sockets: list[socket.socket], make: Factory, context: ssl.SSLContext | None = None) -> str:
+        name = bound_name(sockets[0])
+        for sock in sockets:
+            self._acceptors.append(Acceptor(sock, partial(self._accepted, make, context)))
+        return name
+
+    def _accepted(self, make: Factory, context: ssl.SSLContext | None, sock: socket.socket, address: Any) -> None:
+        if sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):  # it is gone already, and reading will tell
+                set_options(sock)
+        client = make()
+        if context is None:
+            protocol = client if isinstance(client, HttpConnect) else client.local
+            self._add(client, SocketTransport(sock, protocol))
+            return
+        assert isinstance(client, HttpConnect)
+        task = self._spawn(self._secure(client, context, sock, f"the client at {format_hostport(*address[:2])}"))
+        task.add_done_callback(lambda _: self._forget_unless_up(client, sock))
+
+    def _add(self, client: HttpConnect | ForwardSplice, transport: asyncio.Transport) -> None:
+        self._here.add(transport)
+        client.on_closed = partial(self._gone, transport)
+
+    def _gone(self, transport: asyncio.Transport) -> None:
+        self._here.discard(transport)
+        self._changes.notify()
+
+    async def _secure(self, client: HttpConnect, context: ssl.SSLContext, sock: socket.socket, peer: str) -> None:
+        """The TLS handshake of a client, or one line that says why not."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(
+                lambda: client,
+                sock,
+                ssl=with_alerts(context, sock),
+                ssl_handshake_timeout=TLS_TIMEOUT,
+                ssl_shutdown_timeout=TLS_TIMEOUT,
+            )
+        except OSError as error:
+            logger.warning("refused %s", explain(error, peer))
+            return
+        if client.transport is not None:
+            self._add(client, client.transport)
+
+    @staticmethod
+    def _forget_unless_up(client: HttpConnect, sock: socket.socket) -> None:
+        """Closes the socket of a handshake that failed, or that was cancelled before it began."""
+        if client.transport is None:
+            sock.close()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # The end
+
+    def leave(self) -> None:
+        """Takes no more clients, and tells those that have not asked for anything yet."""
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for transport in list(self._here):
+            protocol = transport.get_protocol()
+            if isinstance(protocol, HttpConnect):
+                protocol.leave()
+
+    def abort(self) -> None:
+        """Drops every client."""
+        for transport in list(self._here):
+            transport.abort()
+        for task in self._tasks:
+            task.cancel()
+
+    async def wait_closed(self) -> None:
+        """Waits until every client is gone. Cancelling is safe."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._changes.wait_for(lambda: not self._here)

@@ -1,0 +1,103 @@
+"""The specification's conformance cases by number: which test shows each, as far as this version has what they are about."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.property import test_mux_bytes as any_bytes
+from tests.unit import test_core_parts as parts
+from tests.unit import test_credit as credit
+from tests.unit import test_mux_flow as flow
+from tests.unit import test_mux_session as session
+from tests.unit import test_mux_streams as streams
+from tests.unit import test_vectors as vectors
+
+VECTORS = {
+    vector["name"]: (name, vector)
+    for name in ("frames", "errors", "sessions")
+    for vector in json.loads((Path(vectors.VECTORS) / f"{name}.json").read_text())
+}
+RUN = {"frames": vectors.test_decode, "errors": vectors.test_errors, "sessions": vectors.test_sessions}
+
+CASES = {
+    "1 header split at every byte": [vectors.test_decode_cut_anywhere, "PING is answered"],
+    "2 payload 0, max, max+1": [
+        "empty DATA with FIN",
+        "DATA as long as a frame can be",
+        "DATA of the floor of max_frame",
+        "DATA one byte over max_frame",
+        flow.test_frames_never_exceed_what_the_peer_takes,
+    ],
+    "3 unknown critical frame is fatal": ["an unknown critical frame", "unknown type 0x09", "unknown type 0x48"],
+    "4 unknown ignorable is skipped": ["unknown ignorable frames are skipped"],
+    "5 undefined flag": ["DATA with undefined flag 4", "OPEN with undefined flag 1", "HELLO with undefined flag 128"],
+    "6 HELLO missing, late, duplicate, oversize, below a floor": [
+        "something before HELLO",
+        session.test_no_hello_in_time,
+        "HELLO twice",
+        "HELLO one byte too long",
+        "HELLO with max_frame below its floor",
+        "HELLO with idle timeout below its floor",
+    ],
+    "7 disjoint versions": ["a client that no longer speaks version 1", "a client from before version 1"],
+    "8 duplicate setting": ["HELLO with a setting twice"],
+    "9 GREASE tolerated": ["HELLO with settings and GREASE", "HELLO with unknown settings, odd and even"],
+    "10 floors usable before the peer's HELLO": [session.test_client_may_use_the_floors_before_the_servers_hello],
+    "11 OPEN with wrong parity or a gap": ["OPEN with even id", "OPEN with a gap"],
+    "12 id reused or decreasing": ["OPEN of the same id twice", "OPEN with a decreasing id"],
+    "13 OPEN beyond STREAMS": ["one OPEN more than the server allows (8)"],
+    "14 id exhaustion drains": [session.test_ids_run_out],
+    "15 a reply races registration": [
+        streams.test_finish_at_once_without_data,
+        streams.test_data_never_overtakes_accept,
+    ],
+    "16 early data, then REFUSE": [streams.test_early_data_then_refuse],
+    "17 TLV odd refused, even skipped": [
+        "OPEN with an unknown odd parameter is refused, and the session lives",
+        "OPEN with an unknown even parameter",
+        streams.test_accept_with_a_critical_unknown_cancels_the_stream,
+    ],
+    "18 DATA after FIN": ["DATA after FIN"],
+    "19 DATA one past credit": ["DATA one byte past the credit (16,384)"],
+    "20 credit regression ignored, overflow fatal": ["CREDIT that goes back", "CREDIT overflow"],
+    "21 final_offset mismatch": ["RESET below what came", "RESET above what came", "RESET beyond the credit"],
+    "22 STOP elicits RESET, silence after its ACK closes": [
+        streams.test_stop_elicits_reset,
+        lambda: streams.test_reset_owed_and_not_sent_ends_the_session("STOP"),
+    ],
+    "23 late CREDIT for a forgotten stream is fine": [streams.test_frames_for_a_forgotten_stream],
+    "24 DATA for a forgotten stream is fatal": [streams.test_frames_for_a_forgotten_stream],
+    "25 half-close drains the other direction": [streams.test_half_close_leaves_the_other_direction_open],
+    "26 buffered data before EOF": [flow.test_fin_waits_behind_blocked_data],
+    "27 255 stalled streams, one proceeds": [flow.test_255_stalled_streams_and_one_that_proceeds],
+    "29 pool invariant under fuzz": [
+        credit.test_the_pool_is_never_overdrawn_and_its_books_are_right,
+        any_bytes.test_no_stall,
+    ],
+    "31 PING bounded under saturation": [parts.test_only_the_ping_that_is_out_is_answered],
+    "33 rapid reset keeps handlers bounded": [session.test_streams_rises_only_when_the_handler_is_gone],
+    "34 a peer that never reads leaves memory flat": [flow.test_a_peer_that_never_reads_leaves_memory_flat],
+    "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [session.test_two_phases],
+    "42 cancel while PENDING, also after FIN and crossing ACCEPT, leaves nothing": [
+        lambda: streams.test_cancel_while_pending("cancel", finished=False),
+        lambda: streams.test_cancel_while_pending("cancel", finished=True),
+        lambda: streams.test_cancel_crosses_the_answer("accept", finished=False),
+        lambda: streams.test_cancel_crosses_the_answer("accept and finish", finished=True),
+    ],
+    "43 a VM paused for a minute keeps its sessions": [session.test_paused_machine_kills_no_session],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(case):
+    for shown in CASES[case]:
+        if isinstance(shown, str):
+            name, vector = VECTORS[shown]
+            RUN[name](vector)
+        elif shown is vectors.test_decode_cut_anywhere:
+            for name, vector in VECTORS.values():
+                if name == "frames":
+                    shown(vector)
+        else:
+            shown()
