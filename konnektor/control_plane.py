@@ -384,7 +384,7 @@ class ControlPlane(Endpoint):
         session.on_goaway = self._remove
         session.on_ended = self._gone
         self._live.add(session)
-        self._spawn(self._see_out(session))
+        _ = self._spawn(self._see_out(session))
         logger.info("worker %s connected from %s", name, _where(session))
         self._publish(WorkerConnected(name, session))
 

@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from konnektor.addresses import format_hostport
@@ -144,7 +145,7 @@ def _remove_stale(path: str) -> None:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+                Path(path).unlink()
             return
         except BlockingIOError:
             pass
@@ -226,7 +227,7 @@ class Acceptor:
         if self._file is not None and self._file == _file(self.name):
             self._file = None
             with contextlib.suppress(OSError):
-                os.unlink(self.name)
+                Path(self.name).unlink()
 
 
 def _file(path: str) -> tuple[int, int] | None:

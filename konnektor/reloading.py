@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 
 from konnektor.errors import CertificateError
 from konnektor.tls import Identity, TLSFiles
@@ -35,7 +35,7 @@ class ReloadingContext:
 
     def _look(self) -> tuple[tuple[int, int, int], ...] | None:
         try:
-            stats = [os.stat(path) for path in (self._files.ca, self._files.cert, self._files.key)]
+            stats = [Path(path).stat() for path in (self._files.ca, self._files.cert, self._files.key)]
         except OSError:
             return None
         return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
@@ -51,7 +51,9 @@ class ReloadingContext:
                     raise CertificateError(f"the certificate now names {identity}, not {self.identity}")
                 self._context = self._build()
             except CertificateError as error:
-                logger.error("keeping the certificate that was loaded before: %s", error)
+                logger.error(  # noqa: TRY400 - an event, not a defect
+                    "keeping the certificate that was loaded before: %s", error
+                )
             else:
                 logger.info("loaded the certificate of %s again", identity.name)
         return self._context

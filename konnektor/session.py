@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -626,8 +627,9 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
             group = task_group
             if group is None:
                 group = await stack.enter_async_context(anyio.create_task_group())
-            async for stream, done in self._get:
-                group.start_soon(run, stream, done)
+            with contextlib.suppress(anyio.ClosedResourceError):
+                async for stream, done in self._get:
+                    group.start_soon(run, stream, done)
 
     def close(self) -> None:
         """``aclose`` for callers that are not coroutines."""

@@ -58,6 +58,7 @@ class Inbox:
     Attributes:
         mux: the stream.
         chunks: came and was not read.
+        answered: the peer accepted.
         eof: the peer has finished.
         forgotten: both halves have ended.
         receive_error, send_error: what broke a half.
@@ -66,6 +67,7 @@ class Inbox:
     """
 
     __slots__ = (
+        "answered",
         "chunks",
         "eof",
         "forgotten",
@@ -81,6 +83,7 @@ class Inbox:
     def __init__(self) -> None:
         self.mux: MuxStream | None = None
         self.chunks: Chunks = deque()
+        self.answered = False
         self.eof = False
         self.forgotten = False
         self.receive_error: PeerError | None = None
@@ -96,6 +99,7 @@ class Inbox:
             waiter.set_result(None)
 
     def accepted(self) -> None:
+        self.answered = True
         self._wake(self.opened)
 
     def data_received(self, data: memoryview, /) -> None:
@@ -251,7 +255,9 @@ class Stream(anyio.abc.ByteStream):
                 inbox.opened = None
         if self._closed:
             raise StreamClosedError("the stream was closed here")
-        self._raise_if(inbox.receive_error if inbox.send_error is not None else None)
+        if not inbox.answered:
+            # Accepted and then broken is for the next call to say.
+            self._raise_if(inbox.receive_error)
 
     # Receiving
 

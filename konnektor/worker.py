@@ -42,7 +42,8 @@ class Backoff:
     def __init__(self, first: float = FIRST_DELAY, last: float = LAST_DELAY) -> None:
         self._first = first
         self._last = last
-        self.reset()
+        self._delay = first
+        self.fresh = True
 
     def next(self) -> float:
         """Seconds to wait before the next attempt."""
@@ -243,7 +244,7 @@ class Worker(Endpoint):
         session.on_ended = lambda _: self._changes.notify()
         logger.info("connected to %s at %s", session.peer_name, where)
         self._live.add(session)
-        self._spawn(self._see_out(session, address))
+        _ = self._spawn(self._see_out(session, address))
         self._changes.notify()
         return session
 

@@ -104,7 +104,8 @@ async def _serve(
         await endpoint.start()
         ready = [f"tunnel={endpoint.address}"]
         for frontend in frontends:
-            ready.append(f"{frontend.kind}={await endpoint.add_frontend(frontend)}")
+            bound = await endpoint.add_frontend(frontend)
+            ready.append(f"{frontend.kind}={bound}")
         for forward in forwards:
             bound = await endpoint.add_forward(forward)
             ready.append(f"forward={bound}->{forward.worker}/{format_hostport(forward.host, forward.port)}")

@@ -23,12 +23,11 @@ from konnektor.errors import (
 
 __all__ = ["cli", "main"]
 
-EXIT_STATUS: Final = (
+EXIT_STATUS: Final[tuple[tuple[type[KonnektorError], int], ...]] = (
     (ConfigurationError, 2),
     (CertificateError, 3),
     (ListenError, 4),
     (HandshakeError, 5),
-    (KonnektorError, 1),
 )
 
 
@@ -57,7 +56,7 @@ def cli() -> None:
     \b
     Exit status: 0 ok, 1 internal error, 2 usage or configuration, 3 certificate or key,
     4 cannot listen, 5 peer unreachable or handshake refused, 130 aborted.
-    """
+    """  # noqa: D301 - \b is for click
 
 
 cli.add_command(pki)
@@ -85,8 +84,8 @@ def _run(args: list[str] | None) -> int:
         return 130
     except KonnektorError as error:
         _say("konnektor", str(error))
-        return next(status for kind, status in EXIT_STATUS if isinstance(error, kind))
-    except Exception as error:
+        return next((status for kind, status in EXIT_STATUS if isinstance(error, kind)), 1)
+    except Exception as error:  # noqa: BLE001 - the last place before the user
         traceback.print_exc()
         _say("konnektor", f"internal error: {type(error).__name__}")
         return 1

@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, Final, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
 
@@ -32,7 +33,13 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-class Parsed(click.ParamType):
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:  # generic in newer clicks only
+    _ParamType = click.ParamType
+
+
+class Parsed(_ParamType):
     """A click type from a parser that raises ConfigurationError; the text is kept out of tracebacks."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -113,5 +120,5 @@ def say_ready(what: str) -> None:
         click.echo(f"ready {what}")
     except OSError:
         # Nor does what could not be written get another try when Python exits.
-        with open(os.devnull, "wb") as nowhere:
+        with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -166,7 +166,7 @@ class HttpConnect(asyncio.BufferedProtocol):
         transport.write(response(200))
         # Until the 200 is with the kernel, and for one more turn of the loop, the target's bytes wait in the stream.
         await asyncio.sleep(0)
-        while transport.get_write_buffer_size() and not transport.is_closing():
+        while transport.get_write_buffer_size() and not transport.is_closing():  # noqa: ASYNC110 - once in a blue moon
             await asyncio.sleep(0.001)
         # From here on nothing awaits.
         self._task = None

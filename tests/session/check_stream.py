@@ -69,7 +69,7 @@ async def fill(stream, limit=32 * 1024 * 1024):
     sent = 0
     chunk = bytes(64 * 1024)
     while sent < limit:
-        with anyio.move_on_after(0.3) as scope:
+        with anyio.move_on_after(0.1) as scope:
             await stream.send(chunk)
             sent += len(chunk)
         if scope.cancelled_caught:

@@ -276,3 +276,21 @@ def test_nothing_before_hello(kind):
     stream = 0 if 0x40 <= kind < 0x46 or kind in (7, 8) else 1
     pair.client.inject(bytes([kind, 0, 0, length]) + stream.to_bytes(4, "big") + bytes(length))
     assert pair.server.error.code == Code.PROTOCOL
+
+
+def test_bulk_pauses_for_a_ping_that_measures_the_path():
+    pair = Pair()
+    ours, _theirs = pair.open()
+    mux = pair.client.mux
+    pair.pump()
+    mux.flight.on_sent(100_000)  # as if so much were on its way
+    pair.now += 1.0
+    ours.write(b"x" * 1000)
+    kinds = [type(frame) for frame, _ in scan(mux.data_to_send(pair.now))]
+    assert kinds == [Data], "a stream that was idle does not wait for it"
+    ours.spent, ours.spent_at = 1e9, pair.now
+    ours.write(b"x" * 1000)
+    assert mux.data_to_send(pair.now) == b""
+    mux.flight.on_ack(mux.flight.sent, pair.now)
+    kinds = [type(frame) for frame, _ in scan(mux.data_to_send(pair.now))]
+    assert kinds == [Ping, Data]

@@ -1,0 +1,56 @@
+"""Stream types travel as MessagePack maps, are checked on arrival, and can grow."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from konnektor.errors import ConfigurationError
+from konnektor.stream_types import StreamType, Tcp
+
+
+class Exec(StreamType):
+    name = "exec@acme.example"
+    argv: list[str]
+    tty: bool = False
+
+
+def test_round_trip():
+    assert Exec.decode(Exec(["a", "b"], tty=True).encode()) == Exec(["a", "b"], tty=True)
+    assert Tcp.decode(Tcp("db", 5432).encode()) == Tcp("db", 5432)
+
+
+def test_a_type_can_grow():
+    assert Exec.decode(msgspec.msgpack.encode({"argv": ["a"], "unheard": 1})) == Exec(["a"])
+    assert "tty" not in msgspec.msgpack.decode(Exec(["a"]).encode()), "defaults do not travel"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"\xc1", b"\x80", msgspec.msgpack.encode({"host": "a", "port": 0}), b"\x91" * 5000,
+     msgspec.msgpack.encode({"host": "", "port": 1}), msgspec.msgpack.encode({"host": "a", "port": "1"}),
+     msgspec.msgpack.encode({"host": "x" * 256, "port": 1}), b"\x81\xa4host\xa1\xff"],
+)  # fmt: skip
+def test_malformed_headers(header):
+    with pytest.raises(ValueError, match="malformed tcp header"):
+        Tcp.decode(header)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_malformed_or_a_request(header):
+    try:
+        assert isinstance(Tcp.decode(header), Tcp)
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize("name", ["", "Exec@acme.example", "exec acme", "exec@", "@acme", "x" * 300, "exec@ACME"])
+def test_names_that_cannot_travel(name):
+    bad = type("Bad", (StreamType,), {"name": name})
+    with pytest.raises(ConfigurationError, match="write NAME@DOMAIN"):
+        bad.check()
+
+
+def test_names_that_can():
+    Exec.check()
+    Tcp.check()
