@@ -114,8 +114,11 @@ class ReceiveWindow:
         if over > 0:
             pool.extra -= min(count, over)
         self.consumed += count
-        size = pool.base if pool.scarce else self.size
-        return self.consumed + size - self.granted >= size >> 2
+        size = self.size
+        if self.consumed + size - self.granted < size >> 2:
+            # Not due by the whole window, so not by the smaller one of a scarce pool either.
+            return False
+        return not pool.scarce or self.consumed + pool.base - self.granted >= pool.base >> 2
 
     def grant(self) -> int | None:
         """The new offset for a CREDIT frame, taken from the pool now; None if there is nothing to add.

@@ -207,7 +207,7 @@ class Outbound:
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)
-            if scheduler.contended and stream.place == FRESH:
+            if stream.place == FRESH and scheduler.contended:
                 interactive = True
             sending = stream.sending
             if sending is not Sending.OPEN and sending is not Sending.FINISHING:

@@ -414,8 +414,10 @@ class Session:
 
     def abort(self) -> None:
         """Drops the connection without a word."""
-        self._mux.connection_lost("dropped by this side")
-        self._driver.abort()
+        try:
+            self._mux.connection_lost("dropped by this side")
+        finally:
+            self._driver.abort()
 
     async def aclose(self) -> None:
         """Ends the session now and waits until connection and tasks are gone. Cancelled, it drops the connection.

@@ -543,11 +543,11 @@ async def test_each_close_has_its_class(code):
         assert "closed" in repr(client)
 
 
-async def test_on_closed_is_called_once_however_it_ends():
+async def test_on_ended_is_called_once_however_it_ends():
     for end in ("aclose", "abort", "peer aclose", "peer abort"):
         calls = []
         async with memory_session_pair() as (client, server):
-            client.on_closed = calls.append
+            client.on_ended = calls.append
             ender = server if "peer" in end else client
             if "aclose" in end:
                 await ender.aclose()

@@ -1,0 +1,369 @@
+"""The worker: connecting, reconnecting, several control planes, and how it ends."""
+
+import asyncio
+import socket
+
+import anyio
+import pytest
+
+import konnektor as kk
+import konnektor.worker
+from konnektor.endpoint import Endpoint
+from konnektor.worker import Backoff
+from tests.endpoints.parts import Target, target, tunnel, until, unused_port
+
+
+async def test_streams_both_ways_need_permission(certs, log):
+    async with target() as echo, tunnel(certs, allow=[f"127.0.0.1:{echo.port}"]) as t:
+        async with await t.session.open_tcp("127.0.0.1", echo.port) as stream:
+            await stream.send(b"hello")
+            assert await stream.receive() == b"hello"
+        with pytest.raises(kk.DeniedError):
+            await t.session.open_tcp("127.0.0.1", unused_port())
+        # The other way nothing is allowed unless granted.
+        with pytest.raises(kk.DeniedError):
+            await t.worker.sessions[0].open_tcp("127.0.0.1", echo.port)
+    assert any("refused cp a stream to 127.0.0.1:" in line and "no rule" in line for line in log())
+    assert any(f"refused node-1 a stream to 127.0.0.1:{echo.port}" in line for line in log())
+
+
+async def test_nothing_is_allowed_by_default(certs):
+    async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with kk.Worker([plane.address], tls=certs.worker()):
+            session = await plane.wait_for("node-1")
+            with pytest.raises(kk.DeniedError):
+                await session.open_tcp("127.0.0.1", echo.port)
+
+
+async def test_streams_of_the_worker_that_are_granted(certs):
+    async with target() as echo:
+        grants = [f"node-1=127.0.0.1:{echo.port}", ("node-2", kk.tcp("127.0.0.1", "*"))]
+        async with tunnel(certs, plane={"allow_from": grants}) as t:
+            async with await t.worker.sessions[0].open_tcp("127.0.0.1", echo.port) as stream:
+                await stream.send(b"up")
+                assert await stream.receive() == b"up"
+            with pytest.raises(kk.DeniedError):  # that is node-2's
+                await t.worker.sessions[0].open_tcp("127.0.0.1", unused_port())
+
+
+async def test_a_stream_type_of_ones_own(certs):
+    class Ask(kk.StreamType):
+        name = "ask@test.example"
+        question: str
+
+    async with tunnel(certs) as t:
+
+        async def answer(stream, request):
+            await stream.accept()
+            await stream.send(f"{stream.session.peer_name} asked {request.question}".encode())
+
+        t.worker.handle(Ask)(answer)
+        t.plane.handle(Ask)(answer)
+        async with await t.session.open(Ask("why")) as stream:
+            assert await stream.receive() == b"cp asked why"
+        async with await t.worker.sessions[0].open(Ask("how")) as stream:
+            assert await stream.receive() == b"node-1 asked how"
+
+
+async def test_what_targets_answer(certs, monkeypatch):
+    async with tunnel(certs) as t:
+        with pytest.raises(kk.ConnectRefusedError):
+            await t.session.open_tcp("127.0.0.1", unused_port())
+        t.worker.allow.rules += (kk.tcp("no-such-host.invalid", 1),)
+        with pytest.raises(kk.DNSError):
+            await t.session.open_tcp("no-such-host.invalid", 1)
+
+        def no_socket(*_):
+            raise OSError(24, "Too many open files")
+
+        with monkeypatch.context() as patch, pytest.raises(kk.LimitError):
+            patch.setattr("konnektor.dial.socket.socket", no_socket)
+            await t.session.open_tcp("127.0.0.1", 1)
+
+
+# Connecting
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"connect": []}, "needs a list of control planes"),
+        ({"connect": "127.0.0.1:1"}, "needs a list of control planes"),
+        ({"connect": ["127.0.0.1"]}, "lacks a host or a port"),
+        ({"connect": ["127.0.0.1:1"], "routes": ["everything"]}, "write host=NAME"),
+        ({"connect": ["127.0.0.1:1"], "server_name": "a b"}, "neither an IP address nor a DNS name"),
+    ],
+)
+async def test_bad_arguments(certs, kwargs, text):
+    with pytest.raises(kk.ConfigurationError, match=text):
+        kk.Worker(**kwargs, tls=certs.worker())
+
+
+async def test_a_control_planes_certificate_is_no_workers(certs):
+    with pytest.raises(kk.CertificateError, match="is for a control-plane"):
+        kk.Worker(["127.0.0.1:1"], tls=certs.plane)
+
+
+async def test_starts_once(certs):
+    worker = kk.Worker([f"127.0.0.1:{unused_port()}"], tls=certs.worker())
+    async with worker:
+        with pytest.raises(kk.ConfigurationError, match="started before"):
+            await worker.start()
+    with pytest.raises(kk.ConfigurationError, match="started before"):
+        await worker.start()
+    with pytest.raises(kk.SessionClosedError):
+        await worker.wait_connected()
+    await worker.wait_closed()
+
+
+async def test_never_started(certs):
+    worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
+    await worker.aclose()
+    await worker.wait_closed()
+
+
+async def test_once_and_nobody_there(certs):
+    where = f"127.0.0.1:{unused_port()}"
+    async with kk.Worker([where], tls=certs.worker(), once=True) as worker:
+        for wait in (worker.wait_connected, worker.wait_closed):
+            with pytest.raises(kk.HandshakeError, match=f"cannot reach the control plane at {where}: .* ECONNREFUSED"):
+                await wait()
+
+
+async def test_once_and_the_control_plane_says_goodbye(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with kk.Worker([plane.address], tls=certs.worker(), once=True) as worker:
+            await worker.wait_connected()
+            await plane.drain(5)
+            await worker.wait_closed()
+            assert not worker.sessions and not worker.connected
+
+
+async def test_once_and_the_connection_breaks(certs):
+    async with tunnel(certs, once=True) as t:
+        t.session.abort()
+        with pytest.raises(kk.HandshakeError, match="broke: connection"):
+            await t.worker.wait_closed()
+
+
+async def test_reconnects(certs, log):
+    async with tunnel(certs) as t:
+        first = t.session
+        first.abort()
+        await until(lambda: t.plane.get("node-1") not in (None, first))
+        assert (await t.worker.wait_connected()).peer_name == "cp"
+        assert t.worker.connected == [t.plane.address]
+    lines = log()
+    assert sum(line.startswith("worker node-1 connected from") for line in lines) == 2
+    assert any(line.startswith("worker node-1 at 127.0.0.1:") and "disconnected: " in line for line in lines)
+    assert any(line.startswith(f"disconnected from cp at {t.plane.address}: connection") for line in lines)
+
+
+async def test_keeps_trying_until_the_control_plane_is_there(certs, log):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:{}".format(taken.getsockname()[1])
+        async with kk.Worker([address], tls=certs.worker()) as worker:
+            await until(lambda: sum("ECONNREFUSED; trying again in" in line for line in log()) >= 2)
+            taken.close()
+            async with kk.ControlPlane(address, tls=certs.plane) as plane:
+                assert (await plane.wait_for("node-1")).peer_name == "node-1"
+                await worker.wait_connected()
+                assert worker.connected == [address]
+
+
+async def test_several_control_planes(certs):
+    async with (
+        target() as echo,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as a,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as b,
+    ):
+        where = [a.address, b.address, a.address]
+        async with kk.Worker(where, tls=certs.worker(), allow=[kk.tcp("127.0.0.1", echo.port)]) as worker:
+            for plane in (a, b):
+                session = await plane.wait_for("node-1")
+                async with await session.open_tcp("127.0.0.1", echo.port) as stream:
+                    await stream.send(b"x")
+                    assert await stream.receive() == b"x"
+            assert sorted(worker.connected) == sorted([a.address, b.address])
+            await a.aclose()
+            await until(lambda: worker.connected == [b.address])
+
+
+async def test_a_replacement_before_the_drained_session_ends(certs):
+    """The control plane behind an address drains; another one takes over there, and open streams go on."""
+    async with target() as echo, tunnel(certs) as t:
+        old_stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        t.session.start_drain(20, "moving")
+        await until(lambda: t.plane.get("node-1") not in (None, t.session))
+        new = t.plane.get("node-1")
+        assert not t.session.closed and new is not t.session
+        async with await new.open_tcp("127.0.0.1", echo.port) as stream, old_stream:
+            for each in (old_stream, stream):
+                await each.send(b"on")
+                assert await each.receive() == b"on"
+        await t.session.wait_closed()
+        assert t.plane.get("node-1") is new
+
+
+async def test_a_defect_in_an_attempt_is_survived(certs, monkeypatch, log):
+    attempts = []
+    honest = konnektor.worker.dial
+
+    async def dial(*args, **kwargs):
+        attempts.append(args)
+        if len(attempts) == 1:
+            raise RuntimeError("a bug")
+        return await honest(*args, **kwargs)
+
+    monkeypatch.setattr("konnektor.worker.dial", dial)
+    async with tunnel(certs):
+        assert len(attempts) == 2 and "internal error" in log()
+
+
+def test_backoff():
+    backoff = Backoff(1, 8)
+    assert backoff.fresh
+    for upper in (1, 2, 4, 8, 8):
+        assert upper / 2 <= backoff.next() <= upper
+    assert not backoff.fresh
+    backoff.reset()
+    assert backoff.fresh and backoff.next() <= 1
+
+
+async def test_sessions_that_drain_at_once_do_not_spin(certs, monkeypatch):
+    delays = []
+    monkeypatch.setattr(Backoff, "next", lambda self: delays.append(self) or setattr(self, "fresh", False) or 0.01)
+    async with tunnel(certs) as t:
+        for _ in range(3):
+            session = await t.plane.wait_for("node-1")
+            session.start_drain(0)
+            await until(lambda session=session: t.plane.get("node-1") not in (None, session))
+        assert len(delays) >= 3
+
+
+async def test_a_long_session_is_forgiven(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.worker.CALM", 0)
+    resets = []
+    monkeypatch.setattr(Backoff, "reset", lambda self: resets.append(self))
+    async with tunnel(certs) as t:
+        t.session.abort()
+        await until(lambda: resets)
+
+
+# The end
+
+
+async def test_drain_lets_streams_finish(certs):
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        draining = asyncio.create_task(t.worker.drain(30))
+        await until(lambda: t.plane.get("node-1") is None)
+        with pytest.raises(kk.SessionClosedError):
+            await t.session.open_tcp("127.0.0.1", echo.port)
+        await stream.send(b"last")
+        assert await stream.receive() == b"last"
+        await stream.send_eof()
+        with pytest.raises(anyio.EndOfStream):
+            await stream.receive()
+        await draining
+        assert t.session.closed
+        assert bytes(echo.made[0].data) == b"last"
+
+
+async def test_drain_resets_at_the_grace(certs):
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        await t.worker.drain(0.1)
+        with pytest.raises(kk.PeerError):
+            await stream.receive()
+        await stream.aclose()
+        await echo.made[0].lost
+
+
+async def test_drain_waits_for_a_slow_target(certs, monkeypatch):
+    """The stream is over, and so is the session, but its last bytes have not left this process."""
+
+    class Slow(Target):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            transport.pause_reading()
+
+        def data_received(self, data):
+            self.data += data
+
+    size = 32 * 1024  # as much as may be sent before the target takes any
+    buffers = [socket.SO_SNDBUF, socket.SO_RCVBUF]
+    monkeypatch.setattr("konnektor.dial.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, buffers[0], 4096))
+    async with target(Slow) as slow, tunnel(certs) as t:
+        slow.listener.setsockopt(socket.SOL_SOCKET, buffers[1], 4096)
+        stream = await t.session.open_tcp("127.0.0.1", slow.port)
+        await stream.send(bytes(size))
+        await stream.aclose()
+        draining = asyncio.create_task(t.worker.drain(30))
+        await t.session.wait_closed()
+        await until(lambda: not t.worker._live)
+        assert not draining.done()
+        slow.made[0].transport.resume_reading()
+        await draining
+        await slow.made[0].lost
+        assert len(slow.made[0].data) == size
+
+
+async def test_cancelled_drain_drops_everything(certs):
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        draining = asyncio.create_task(t.worker.drain(60))
+        await until(lambda: t.session.draining)
+        draining.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await draining
+        with pytest.raises(kk.PeerError):
+            await stream.receive()
+        await stream.aclose()
+
+
+async def test_drain_gives_up_on_a_peer_that_is_gone(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.endpoint.LAST_WORDS", 0.05)
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        t.session._driver.transport.pause_reading()  # as good as gone
+        await t.worker.drain(0)
+        assert not t.worker._tasks
+        t.session.abort()
+        await stream.aclose()
+
+
+async def test_drain_when_the_control_plane_is_gone_meanwhile(certs):
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        draining = asyncio.create_task(t.worker.drain(60))
+        await until(lambda: t.session.draining)
+        t.session.abort()
+        await draining
+        await stream.aclose()
+
+
+async def test_cancelled_aclose_drops_connections(certs, monkeypatch):
+    async with tunnel(certs) as t:
+        with monkeypatch.context() as patch:
+            patch.setattr(t.worker._targets, "wait_closed", asyncio.Event().wait)
+            closing = asyncio.create_task(t.worker.aclose())
+            await until(lambda: not t.worker._tasks)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+
+
+async def test_aclose_while_dialing(certs):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = "127.0.0.1:{}".format(silent.getsockname()[1])
+        async with kk.Worker([where], tls=certs.worker()) as worker:
+            accepted, _ = await asyncio.get_running_loop().run_in_executor(None, silent.accept)
+            assert not worker.sessions
+        accepted.close()
+
+
+def test_an_endpoint_is_abstract():
+    with pytest.raises(TypeError):
+        Endpoint()
