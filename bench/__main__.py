@@ -99,7 +99,9 @@ def main() -> None:
                     for figure, value in figures.items():
                         results[column][peer.name].setdefault(figure, []).append(value)
                     shown = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
-                    print(f"{repeat + 1}/{args.repeats} {column:12} {peer.name:10} {shown}", file=sys.stderr, flush=True)
+                    print(
+                        f"{repeat + 1}/{args.repeats} {column:12} {peer.name:10} {shown}", file=sys.stderr, flush=True
+                    )
         versions = ", ".join(f"{peer.name} {peer.version}" for peer in peers)
     print(f"`python -m bench {' '.join(sys.argv[1:])}`\n")
     print(f"{versions}; Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}; "

@@ -139,7 +139,7 @@ class OpenSSH(Peer):
 
     @property
     def version(self) -> str:
-        return subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr.split(",")[0]
+        return subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr.split(",")[0]
 
     def start(self, targets: Mapping[str, int]) -> None:
         directory = self.directory / "ssh"

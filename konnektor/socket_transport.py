@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from typing import Any, Final
+from typing import Any, Final, cast
 
 __all__ = ["SocketTransport"]
 
@@ -51,7 +51,7 @@ class SocketTransport(asyncio.Transport):
         sock = self._sock
         for _ in range(READS_A_TURN):
             protocol = self._protocol
-            buffer = protocol.get_buffer(-1)
+            buffer = cast(memoryview, protocol.get_buffer(-1))
             try:
                 count = sock.recv_into(buffer)
             except (BlockingIOError, InterruptedError):

@@ -96,11 +96,15 @@ class StreamTransport(asyncio.Transport):
             self._lose(error)
         else:
             self._stopped = error
-            self._resume_writing()
+            # A RESET may come next: then whoever waits in drain() must hear of the error instead.
+            self._loop.call_soon(self._resume_writing)
 
     def closed(self) -> None:
-        # As with TCP, connection_lost waits for close(); the wire needs the stream's place no more.
-        self._mux.release()
+        if self._closing:
+            self._lose(None)
+        else:
+            # As with TCP, connection_lost waits for close(); but nothing more comes or goes.
+            self._mux.release()
 
     def _deliver(self) -> None:
         chunks = self._chunks
@@ -247,7 +251,7 @@ class StreamTransport(asyncio.Transport):
             self._call(self._protocol.pause_writing)
 
     def _resume_writing(self) -> None:
-        if self._write_paused:
+        if self._write_paused and not self._lost:
             self._write_paused = False
             self._call(self._protocol.resume_writing)
 

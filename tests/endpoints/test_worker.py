@@ -10,7 +10,7 @@ import konnektor as kk
 import konnektor.worker
 from konnektor.endpoint import Endpoint
 from konnektor.worker import Backoff
-from tests.endpoints.parts import Target, target, tunnel, until, unused_port
+from tests.endpoints.parts import target, tunnel, until, unused_port
 
 
 async def test_streams_both_ways_need_permission(certs, log):
@@ -243,7 +243,7 @@ async def test_sessions_that_drain_at_once_do_not_spin(certs, monkeypatch):
 
 
 async def test_a_long_session_is_forgiven(certs, monkeypatch):
-    monkeypatch.setattr("konnektor.worker.CALM", 0)
+    monkeypatch.setattr("konnektor.worker.CALM", -1)
     resets = []
     monkeypatch.setattr(Backoff, "reset", lambda self: resets.append(self))
     async with tunnel(certs) as t:
@@ -283,31 +283,27 @@ async def test_drain_resets_at_the_grace(certs):
 
 async def test_drain_waits_for_a_slow_target(certs, monkeypatch):
     """The stream is over, and so is the session, but its last bytes have not left this process."""
-
-    class Slow(Target):
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            transport.pause_reading()
-
-        def data_received(self, data):
-            self.data += data
-
     size = 32 * 1024  # as much as may be sent before the target takes any
-    buffers = [socket.SO_SNDBUF, socket.SO_RCVBUF]
-    monkeypatch.setattr("konnektor.dial.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, buffers[0], 4096))
-    async with target(Slow) as slow, tunnel(certs) as t:
-        slow.listener.setsockopt(socket.SOL_SOCKET, buffers[1], 4096)
-        stream = await t.session.open_tcp("127.0.0.1", slow.port)
-        await stream.send(bytes(size))
-        await stream.aclose()
-        draining = asyncio.create_task(t.worker.drain(30))
-        await t.session.wait_closed()
-        await until(lambda: not t.worker._live)
-        assert not draining.done()
-        slow.made[0].transport.resume_reading()
-        await draining
-        await slow.made[0].lost
-        assert len(slow.made[0].data) == size
+    monkeypatch.setattr("konnektor.dial.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096))
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        async with tunnel(certs) as t:
+            stream = await t.session.open_tcp("127.0.0.1", listener.getsockname()[1])
+            slow, _ = await loop.sock_accept(listener)
+            with slow:
+                await stream.send(bytes(size))
+                await stream.aclose()
+                draining = asyncio.create_task(t.worker.drain(30))
+                await t.session.wait_closed()
+                await until(lambda: not t.worker._live)
+                assert not draining.done()
+                received = 0
+                while chunk := await loop.sock_recv(slow, 65536):
+                    received += len(chunk)
+                assert received == size
+                await draining
 
 
 async def test_cancelled_drain_drops_everything(certs):

@@ -1,5 +1,7 @@
 """Stream types travel as MessagePack maps, are checked on arrival, and can grow."""
 
+import contextlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -38,10 +40,8 @@ def test_malformed_headers(header):
 
 @given(st.binary(max_size=200))
 def test_garbage_is_malformed_or_a_request(header):
-    try:
+    with contextlib.suppress(ValueError):
         assert isinstance(Tcp.decode(header), Tcp)
-    except ValueError:
-        pass
 
 
 @pytest.mark.parametrize("name", ["", "Exec@acme.example", "exec acme", "exec@", "@acme", "x" * 300, "exec@ACME"])

@@ -1,0 +1,485 @@
+"""The control plane: who gets in, under which name and with which routes, and what becomes of their streams."""
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+import ssl
+
+import pytest
+
+import konnektor as kk
+import konnektor.control_plane
+import konnektor.worker
+from konnektor.addresses import parse_forward
+from konnektor.frames import HEADER
+from konnektor.router import parse_route
+from tests.endpoints.parts import (
+    Certificates,
+    Goodbye,
+    Resetting,
+    black_hole,
+    connection,
+    target,
+    tunnel,
+    unused_port,
+    until,
+)
+
+
+@contextlib.asynccontextmanager
+async def another_process(plane, files, monkeypatch, **kwargs):
+    """A worker that looks to the control plane like one of another process."""
+    with monkeypatch.context() as patch:
+        patch.setattr("konnektor.worker.INSTANCE", bytes(16))
+        worker = kk.Worker([plane.address], tls=files, **kwargs)
+    async with worker:
+        yield worker
+
+
+# Who gets in
+
+
+async def refused(plane, files, **kwargs):
+    """The one sentence that a worker gets."""
+    async with kk.Worker([plane.address], tls=files, once=True, **kwargs) as worker:
+        with pytest.raises(kk.HandshakeError) as caught:
+            await worker.wait_connected()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+async def test_a_foreign_certificate(certs, foreign, log):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        theirs = foreign.worker()
+        # Of the CA that the control plane is checked by, but not issued by it: an own file that cannot be used.
+        with pytest.raises(kk.CertificateError, match="was not issued by a CA in"):
+            kk.Worker([plane.address], tls=dataclasses.replace(theirs, ca=certs.ca))
+        text = await refused(plane, theirs)
+        assert f"the certificate of the control plane at {plane.address} was not issued by a CA that we trust" in text
+    assert any("refused our certificate: unknown ca" in line for line in log())
+
+
+async def test_another_trust_domain_of_the_same_ca(certs, tmp_path, log):
+    # One CA file may hold several CAs, each with its domain.
+    other = Certificates(tmp_path / "other", "elsewhere.example")
+    both = tmp_path / "both.pem"
+    both.write_bytes(certs.ca.read_bytes() + other.ca.read_bytes())
+    theirs = dataclasses.replace(other.worker(), ca=both)
+    async with kk.ControlPlane("127.0.0.1:0", tls=dataclasses.replace(certs.plane, ca=both)) as plane:
+        sentence = "belongs to trust domain"
+        assert sentence in await refused(plane, theirs)
+        await until(lambda: any(line.startswith("refused the control plane") or sentence in line for line in log()))
+
+
+@pytest.mark.parametrize("role", ["client", "control-plane"])
+async def test_another_role(certs, role, log, monkeypatch):
+    files = certs(role, f"other-{role}")
+    # Our own worker refuses to start with it; somebody else's would not.
+    monkeypatch.setattr(kk.TLSFiles, "client_context", lambda self, *_: lenient_context(self))
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        text = await refused(plane, files)
+    assert "refused" in text
+    line = next(line for line in log() if line.startswith("refused the certificate") or "is refused" in line
+                or "for another role" in line)  # fmt: skip
+    assert "127.0.0.1:" in line
+    assert len([line for line in log() if line.startswith("refused")]) == 1
+
+
+def lenient_context(files):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["konnektor/1"])
+    context.load_cert_chain(files.cert, files.key)
+    return context
+
+
+async def test_a_worker_that_poses_as_a_control_plane(certs, log, monkeypatch):
+    monkeypatch.setattr(kk.TLSFiles, "server_context", lambda self: lenient_server(self))
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.worker("evil")) as plane:
+        text = await refused(plane, certs.worker(), server_name="evil")
+        assert "is for another role" in text or "not for the name" in text
+        await until(log)
+
+
+def lenient_server(files):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["konnektor/1"])
+    context.load_cert_chain(files.cert, files.key)
+    return context
+
+
+async def test_the_wrong_server_name(certs, log):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        text = await refused(plane, certs.worker(), server_name="other.example")
+        assert "is not for the name other.example; use --server-name with one of its names: cp" in text
+        await until(lambda: any("refused our certificate" in line for line in log()))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "speaks plain HTTP"),
+        (b"\x00garbage" * 20, "speaks something other than TLS"),
+        (b"", "closed the connection before a session was up"),
+    ],
+)
+async def test_a_client_that_speaks_something_else(certs, log, data, sentence):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with connection(plane.address) as (reader, writer):
+            writer.write(data)
+            if not data:
+                writer.close()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            await until(lambda: any(line.startswith("refused the client at") or sentence in line for line in log()))
+    assert [sentence in line for line in log() if line.startswith("refused")] == [True]
+
+
+async def test_a_client_that_says_nothing(certs, log):
+    limits = kk.Limits(hello_timeout=0.2)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits) as plane:
+        async with connection(plane.address) as (reader, _):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            await until(log)
+    assert any("did not finish the TLS handshake in time" in line for line in log())
+
+
+async def test_a_worker_that_never_says_hello(certs, log):
+    limits = kk.Limits(hello_timeout=0.3)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits) as plane:
+        context = certs.worker().client_context()
+        async with connection(plane.address, ssl=context, server_hostname="cp") as (reader, _):
+            frame = await reader.read(1000)
+            assert frame[0] == 0x47  # CLOSE comes first, and no HELLO
+            await until(log)
+        assert len(plane) == 0
+    assert any("no session with the client at" in line and "no HELLO within 0.3 s" in line for line in log())
+
+
+async def test_a_control_plane_that_never_says_hello(certs):
+    async def silent(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0, ssl=certs.plane.server_context())
+    address = "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    async with kk.Worker([address], tls=certs.worker(), once=True, limits=kk.Limits(hello_timeout=0.3)) as worker:
+        with pytest.raises(kk.HandshakeError, match=f"no session with the control plane at {address}: no HELLO within"):
+            await worker.wait_connected()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_worker_that_speaks_garbage_after_tls(certs, log):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        context = certs.worker().client_context()
+        async with connection(plane.address, ssl=context, server_hostname="cp") as (reader, writer):
+            writer.write(HEADER.pack(0x30, 0, 0, 0))
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            await until(log)
+    assert any("no session with the client at" in line and "unknown" in line or "0x30" in line for line in log())
+
+
+async def test_more_handshakes_than_may_be_at_once_wait(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.control_plane.HANDSHAKES", 2)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with contextlib.AsyncExitStack() as stack:
+            idle = [await stack.enter_async_context(connection(plane.address)) for _ in range(2)]
+            await until(lambda: len(plane._handshakes) == 2)
+            async with kk.Worker([plane.address], tls=certs.worker()) as worker:
+                await asyncio.sleep(0.02)
+                assert len(plane._handshakes) == 2 and not worker.sessions
+                idle[0][1].close()
+                await worker.wait_connected()
+
+
+async def test_closing_while_handshakes_are_under_way(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with connection(plane.address), connection(plane.address) as (reader, _):
+            await until(lambda: len(plane._handshakes) == 2)
+            with socket.create_connection(plane.address.split(":")):  # perhaps not accepted yet
+                await plane.aclose()
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+
+
+async def test_life(certs):
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    with pytest.raises(kk.ConfigurationError, match="was not started"):
+        _ = plane.address
+    async with plane:
+        with pytest.raises(kk.ConfigurationError, match="started before"):
+            await plane.start()
+        waiting = asyncio.create_task(plane.wait_for("node-1"))
+        with pytest.raises(kk.ListenError, match="the address is in use"):
+            await kk.ControlPlane(plane.address, tls=certs.plane).start()
+    with pytest.raises(kk.SessionClosedError):
+        await waiting
+    assert plane.address.startswith("127.0.0.1:")
+    with pytest.raises(kk.ConfigurationError, match="started before"):
+        await plane.start()
+
+
+# Names
+
+
+async def test_another_process_under_a_live_name_is_refused(certs, monkeypatch, log):
+    async with tunnel(certs) as t, another_process(t.plane, certs.worker(), monkeypatch, once=True) as second:
+        with pytest.raises(kk.HandshakeError) as caught:
+            await second.wait_connected()
+        assert str(caught.value) == (
+            f"the control plane at {t.plane.address} refused us: another process is connected as node-1"
+        )
+        assert t.plane.get("node-1") is t.session and not t.session.closed
+        assert isinstance(caught.value.__cause__.__cause__, kk.IdentityError)
+        await until(lambda: any(line.startswith("refused worker") for line in log()))
+    (line,) = [line for line in log() if line.startswith("refused")]
+    assert line.startswith("refused worker node-1 at 127.0.0.1:")
+    assert "another process of that name is connected from 127.0.0.1:" in line
+    assert sum(line.startswith("connected to cp") for line in log()) == 1
+
+
+async def test_another_process_takes_over_after_silence(certs, monkeypatch, log):
+    async with tunnel(certs) as t:
+        monkeypatch.setattr("konnektor.control_plane.DEAD_AFTER", 0)
+        async with another_process(t.plane, certs.worker(), monkeypatch, once=True) as second:
+            await second.wait_connected()
+            await until(lambda: t.session.closed)
+            new = await t.plane.wait_for("node-1")
+            assert new is not t.session
+            await t.worker.aclose()
+    assert any("replaces 127.0.0.1:" in line and line.endswith("which is silent") for line in log())
+
+
+async def test_a_second_connection_of_the_same_process_replaces_the_first(certs, log):
+    async with target() as echo, tunnel(certs) as t:
+        async with t.plane.events() as events:
+            stream = await t.session.open_tcp("127.0.0.1", echo.port)
+            files = certs.worker()
+            async with kk.Worker([t.plane.address], tls=files, allow=[kk.tcp("127.0.0.1", "*")], once=True):
+                assert await anext(events) == kk.WorkerDisconnected("node-1", t.session)
+                connected = await anext(events)
+                assert isinstance(connected, kk.WorkerConnected) and connected.session is t.plane.get("node-1")
+                assert t.session.draining and not t.session.closed
+                async with stream:  # goes on
+                    await stream.send(b"on")
+                    assert await stream.receive() == b"on"
+                await t.session.wait_closed()
+                assert len(t.plane) == 1
+                await t.worker.aclose()
+    assert any("reconnected from 127.0.0.1:" in line and line.endswith("drains") for line in log())
+
+
+async def test_a_session_that_ends_in_the_moment_it_begins(certs, monkeypatch, log):
+    original = kk.ControlPlane._add
+
+    def add(self, session):
+        original(self, session)
+        session.close(kk.Code.SHUTDOWN, "at once")
+
+    monkeypatch.setattr(kk.ControlPlane, "_add", add)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        assert "at once" in await refused(plane, certs.worker())
+        await until(lambda: not plane._tasks)
+        assert len(plane) == 0
+    assert not any(line.startswith("refused") for line in log())
+
+
+# Routes
+
+
+async def test_routes_are_claims(certs, log):
+    grants = ["node-1=cidr=10.1.0.0/16", ("node-1", parse_route("default"))]
+    routes = ["cidr=10.1.2.0/24", "cidr=10.2.0.0/16", "default"]
+    async with tunnel(certs, plane={"grant_routes": grants}, routes=routes) as t:
+        (snapshot,) = t.plane.snapshot()
+        assert snapshot.name == "node-1" and snapshot.address.startswith("127.0.0.1:")
+        assert snapshot.routes == ("host=node-1", "cidr=10.1.2.0/24", "default")
+        assert snapshot.software.startswith("konnektor/") and snapshot.stats.streams == 0
+    assert "worker node-1: ignored route cidr=10.2.0.0/16, which no --grant-route grants" in log()
+
+
+async def test_a_claim_that_is_no_route(certs, log, monkeypatch):
+    monkeypatch.setattr("konnektor.worker.parse_route", lambda text: text)
+    async with tunnel(certs, routes=["nonsense\n"]) as t:
+        assert [session.peer_name for session in t.plane] == ["node-1"]
+    (line,) = [line for line in log() if "ignored a claimed route" in line]
+    assert "\n" not in line
+
+
+async def test_a_shared_route_is_tried_elsewhere(certs):
+    """The first worker's target refuses: nothing was processed, so the second one gets the request."""
+    grants = ["node-1=default", "node-2=default"]
+    async with target() as echo, tunnel(certs, plane={"grant_routes": grants}, routes=["default"]) as t:
+        second = kk.Worker([t.plane.address], tls=certs.worker("node-2"), routes=["default"], allow=[])
+        async with second:
+            await t.plane.wait_for("node-2")
+
+            async def busy(stream, request):
+                await stream.reject(kk.Code.LIMIT)
+
+            second.handlers.remove(kk.Tcp)
+            second.handlers.add(kk.Tcp, busy)
+            for _ in range(4):  # whoever is asked first
+                async with await t.plane.open_tcp("127.0.0.1", echo.port) as stream:
+                    await stream.send(b"x")
+                    assert await stream.receive() == b"x"
+            with pytest.raises(kk.LimitError):
+                await t.plane.open_tcp("127.0.0.1", echo.port, worker="node-2")
+            t.worker.allow.rules = ()  # a denial is final
+            with pytest.raises((kk.DeniedError, kk.LimitError)):
+                await t.plane.open_tcp("127.0.0.1", echo.port, worker="node-1")
+        with pytest.raises(kk.NoRouteError):
+            await t.plane.open_tcp("127.0.0.1", echo.port, worker="node-2")
+
+
+async def test_no_worker_for_the_destination(certs):
+    async with tunnel(certs) as t:
+        with pytest.raises(kk.NoRouteError):
+            await t.plane.open_tcp("10.9.9.9", 80)
+
+
+async def test_a_candidate_that_goes_while_another_is_asked(certs, monkeypatch):
+    async with tunnel(certs) as t:
+        choices = t.plane._router.candidates("node-1")
+        monkeypatch.setattr(t.plane._router, "candidates", lambda *_: [choices[0]._replace(worker="gone")])
+        with pytest.raises(kk.NoRouteError, match="no worker serves node-1:80"):
+            await t.plane.open_tcp("node-1", 80)
+
+
+async def test_the_worker_goes_while_it_dials(certs):
+    with black_hole() as port:
+        async with tunnel(certs) as t:
+            opening = asyncio.create_task(t.plane.open_tcp("127.0.0.1", port, worker="node-1"))
+            await until(lambda: t.session.stream_count)
+            t.session.abort()
+            with pytest.raises(kk.SessionLost):
+                await opening
+
+
+# Events
+
+
+async def test_a_subscriber_that_falls_behind_misses_the_oldest(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.control_plane.EVENTS", 1)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, plane.events() as events:
+        async with kk.Worker([plane.address], tls=certs.worker(), once=True):
+            session = await plane.wait_for("node-1")
+        await session.wait_closed()
+        assert await anext(events) == kk.WorkerDisconnected("node-1", session)
+
+
+# Forwards
+
+
+async def test_a_forward(certs, log):
+    async with target() as echo, tunnel(certs, allow=[f"127.0.0.1:{echo.port}"]) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"x" * 300_000)
+            writer.write_eof()
+            assert len(await reader.read()) == 300_000
+        denied = await t.plane.add_forward(parse_forward(f"127.0.0.1:0=node-1/127.0.0.1:{unused_port()}"))
+        nobody = await t.plane.add_forward(f"127.0.0.1:0=node-9/127.0.0.1:{echo.port}")
+        for where in (denied, nobody):
+            async with connection(where) as (reader, _):
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+    assert any(line.startswith("forward 127.0.0.1:0=node-1/") and "denied" in line for line in log())
+    assert any("worker node-9 is not connected" in line for line in log())
+
+
+async def test_half_close_and_reset_through_a_forward(certs):
+    async with target(Goodbye) as polite, target(Resetting) as rude, tunnel(certs) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{polite.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"1")
+            assert await reader.read() == b"bye"
+            writer.write(b"2")  # the other way is still open
+            writer.write_eof()
+            await polite.made[0].eof.wait()
+            assert bytes(polite.made[0].data) == b"12"
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{rude.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"1")
+            assert await reader.readexactly(4) == b"half"
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+
+
+async def test_a_client_that_resets(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            writer.transport.abort()
+        await echo.made[0].lost
+        await until(lambda: t.session.stream_count == 0)
+
+
+async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        with pytest.raises(kk.ListenError):
+            await plane.add_forward(f"{plane.address}=node-1/127.0.0.1:1")
+        with pytest.raises(kk.ListenError):
+            await plane.add_frontend(f"http://{plane.address}")
+        with pytest.raises(kk.ListenError, match="Not a directory|No such file"):
+            await plane.add_frontend(f"http+unix://{tmp_path}/missing/x.sock")
+        with pytest.raises(kk.CertificateError):
+            await plane.add_frontend("https://127.0.0.1:0?cert=a&key=b&client-ca=c")
+        with pytest.raises(kk.ConfigurationError):
+            await plane.add_frontend("ftp://x")
+        with pytest.raises(kk.ConfigurationError):
+            await plane.add_forward("x")
+
+
+# The end
+
+
+async def test_drain_waits_for_clients_and_takes_no_more(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            draining = asyncio.create_task(t.plane.drain(30))
+            await until(lambda: t.session.draining)
+            for address in (where, t.plane.address):
+                with pytest.raises(ConnectionRefusedError):
+                    async with connection(address):
+                        pass
+            writer.write(b"y")
+            assert await reader.readexactly(1) == b"y"
+            assert not draining.done()
+            writer.write_eof()
+            assert await reader.read() == b""
+            await draining
+
+
+async def test_drain_resets_clients_at_the_grace(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            await t.plane.drain(0.05)
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+
+
+async def test_aclose_drops_clients(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        async with connection(where) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            await t.plane.aclose()
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""

@@ -1,0 +1,196 @@
+"""The splice's own transport keeps asyncio's contract, and copies only what the kernel does not take."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+
+import pytest
+
+from konnektor.socket_transport import SocketTransport
+
+
+class Recorder(asyncio.BufferedProtocol):
+    def __init__(self, size=65_536, *, keep_open=True):
+        self.buffer = bytearray(size)
+        self.events = []
+        self.received = b""
+        self.keep_open = keep_open
+        self.changed = asyncio.Event()
+
+    def note(self, *event):
+        self.events.append(event)
+        self.changed.set()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.note("made")
+
+    def get_buffer(self, sizehint):
+        return memoryview(self.buffer)
+
+    def buffer_updated(self, nbytes):
+        self.received += bytes(self.buffer[:nbytes])
+        self.note("data", nbytes)
+
+    def eof_received(self):
+        self.note("eof")
+        return self.keep_open
+
+    def pause_writing(self):
+        self.note("pause")
+
+    def resume_writing(self):
+        self.note("resume")
+
+    def connection_lost(self, exc):
+        self.note("lost", exc)
+
+    async def until(self, name):
+        async with asyncio.timeout(10):
+            while name not in [event[0] for event in self.events]:
+                self.changed.clear()
+                await self.changed.wait()
+        return next(event for event in self.events if event[0] == name)
+
+
+@contextlib.contextmanager
+def joined(*, tcp=False, **kwargs):
+    if tcp:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            far = socket.create_connection(server.getsockname())
+            near, _ = server.accept()
+    else:
+        near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    recorder = Recorder(**kwargs)
+    transport = SocketTransport(near, recorder)
+    with far:
+        yield transport, recorder, far
+    transport.abort()
+
+
+async def read_all(sock):
+    loop = asyncio.get_running_loop()
+    data = b""
+    while chunk := await loop.sock_recv(sock, 65_536):
+        data += chunk
+    return data
+
+
+async def test_reads_and_half_close():
+    with joined() as (transport, recorder, far):
+        far.send(b"hello")
+        far.shutdown(socket.SHUT_WR)
+        await recorder.until("eof")
+        assert recorder.received == b"hello"
+        transport.write(b"answer")
+        transport.write_eof()
+        transport.write(b"ignored")
+        assert await read_all(far) == b"answer"
+        transport.close()
+        assert await recorder.until("lost") == ("lost", None)
+        assert transport.is_closing()
+
+
+async def test_eof_closes_unless_the_protocol_keeps_it_open():
+    with joined(keep_open=False) as (_transport, recorder, far):
+        far.shutdown(socket.SHUT_WR)
+        assert await recorder.until("lost") == ("lost", None)
+
+
+async def test_what_the_kernel_does_not_take_is_kept_and_sent_before_the_end():
+    with joined() as (transport, recorder, far):
+        data = bytearray(b"x" * 4_000_000)
+        transport.write(memoryview(data))
+        data[:] = bytes(len(data))  # whoever wrote may reuse the buffer at once
+        assert ("pause",) in recorder.events
+        assert 0 < transport.get_write_buffer_size() < len(data)
+        transport.write(b"y")
+        transport.write_eof()
+        assert await read_all(far) == b"x" * len(data) + b"y"
+        await recorder.until("resume")
+        assert transport.get_write_buffer_size() == 0
+
+
+async def test_close_flushes():
+    with joined() as (transport, recorder, far):
+        transport.write(b"x" * 4_000_000)
+        transport.close()
+        transport.close()
+        transport.write(b"ignored")
+        assert len(await read_all(far)) == 4_000_000
+        assert await recorder.until("lost") == ("lost", None)
+
+
+async def test_abort_drops():
+    with joined() as (transport, recorder, _far):
+        transport.write(b"x" * 4_000_000)
+        transport.abort()
+        transport.abort()
+        assert await recorder.until("lost") == ("lost", None)
+        assert [event for event in recorder.events if event[0] == "lost"] == [("lost", None)]
+
+
+async def test_pause_and_resume_reading():
+    with joined() as (transport, recorder, far):
+        transport.pause_reading()
+        transport.pause_reading()
+        assert not transport.is_reading()
+        far.send(b"later")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert recorder.received == b""
+        transport.resume_reading()
+        transport.resume_reading()
+        await recorder.until("data")
+        assert recorder.received == b"later"
+        transport.close()
+        transport.resume_reading()
+        assert not transport.is_reading()
+
+
+async def test_a_buffer_that_is_filled_is_read_again():
+    with joined(size=10) as (_transport, recorder, far):
+        far.send(b"0123456789abc")
+        async with asyncio.timeout(10):
+            while len(recorder.received) < 13:
+                recorder.changed.clear()
+                await recorder.changed.wait()
+        assert [event[1] for event in recorder.events if event[0] == "data"] == [10, 3]
+
+
+@pytest.mark.parametrize("during", ["reading", "writing", "flushing"])
+async def test_a_reset_is_reported_once(during):
+    with joined(tcp=True) as (transport, recorder, far):
+        if during == "flushing":
+            transport.write(b"x" * 30_000_000)
+            assert transport.get_write_buffer_size()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if during != "reading":
+            transport.pause_reading()
+        far.close()
+        if during == "writing":
+            async with asyncio.timeout(10):
+                while not transport.is_closing():
+                    transport.write(b"x")
+                    await asyncio.sleep(0)
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionError)
+        await asyncio.sleep(0)
+        assert len([event for event in recorder.events if event[0] == "lost"]) == 1
+
+
+async def test_what_it_is():
+    with joined(tcp=True) as (transport, recorder, far):
+        assert transport.get_extra_info("peername") == far.getsockname()
+        assert transport.get_extra_info("sockname") == far.getpeername()
+        assert transport.get_extra_info("socket") is not None
+        assert transport.get_extra_info("sslcontext", "none") == "none"
+        assert transport.can_write_eof()
+        other = Recorder()
+        assert transport.get_protocol() is recorder
+        transport.set_protocol(other)
+        far.send(b"x")
+        await other.until("data")

@@ -1,0 +1,555 @@
+"""Splices of streams and sockets: every end in every order, backpressure, and many at once."""
+
+import asyncio
+import errno
+import gc
+import itertools
+import random
+import resource
+import socket
+import ssl
+import struct
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+import konnektor as kk
+from konnektor.errors import StreamClosedError
+from konnektor.socket_transport import SocketTransport
+from konnektor.splice import QUEUE_HIGH, Splice, splice
+from konnektor.stream_types import Tcp
+from konnektor.testing import memory_session_pair
+from tests.session.check_stream import exactly, until_end
+from tests.session.pairs import Authority, memory_stream_pair, tcp_socketpair
+
+RST = struct.pack("ii", 1, 0)
+
+
+def unix_socketpair():
+    a, b = socket.socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    return a, b
+
+
+@pytest.fixture(params=[tcp_socketpair, unix_socketpair], ids=["tcp", "unix"])
+def sockets(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+async def until(condition):
+    while not condition():
+        await anyio.sleep(0.002)
+
+
+async def recv(sock, size=65_536):
+    return await asyncio.get_running_loop().sock_recv(sock, size)
+
+
+async def sendall(sock, data):
+    await asyncio.get_running_loop().sock_sendall(sock, data)
+
+
+async def recv_all(sock):
+    received = bytearray()
+    while chunk := await recv(sock):
+        received += chunk
+    return bytes(received)
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+    sock.close()
+
+
+@asynccontextmanager
+async def half(sockets, **kwargs):
+    """A stream, whose other end is spliced to a socket, and that socket's other end."""
+    async with memory_stream_pair() as (a, b):
+        outer, inner = sockets()
+        ended = asyncio.Event()
+        await splice(b, inner, on_closed=ended.set, **kwargs)
+        try:
+            yield a, outer, ended
+        finally:
+            outer.close()
+            a.reset()
+            await ended.wait()
+            await until(lambda: not a.session.stream_count)
+            assert inner.fileno() == -1
+
+
+async def test_both_ways(sockets):
+    async with half(sockets) as (a, outer, ended):
+        await a.send(b"to the socket")
+        assert await recv(outer) == b"to the socket"
+        await sendall(outer, b"to the stream")
+        assert await exactly(a, 13) == b"to the stream"
+        assert not ended.is_set()
+
+
+# Every order of ends
+
+
+class End:
+    """The two ends of a chain: socket, splice, stream, splice, socket."""
+
+    def __init__(self, near, far):
+        self.near, self.far = near, far
+
+
+@asynccontextmanager
+async def chain(sockets):
+    async with memory_stream_pair() as (a, b):
+        near, near_inner = sockets()
+        far, far_inner = sockets()
+        ended = [asyncio.Event(), asyncio.Event()]
+        await splice(a, near_inner, on_closed=ended[0].set, code=kk.Code.CANCELLED)
+        await splice(b, far_inner, on_closed=ended[1].set)
+        try:
+            yield near, far
+        finally:
+            near.close()
+            far.close()
+            for event in ended:
+                await event.wait()
+            await until(lambda: not a.session.stream_count and not b.session.stream_count)
+            assert a.session.stats().granted == b.session.stats().granted == 0
+
+
+STEPS = {
+    "near eof": lambda near, far: near.shutdown(socket.SHUT_WR),
+    "far eof": lambda near, far: far.shutdown(socket.SHUT_WR),
+    "near close": lambda near, far: near.close(),
+    "far close": lambda near, far: far.close(),
+    "near reset": lambda near, far: reset(near),
+    "far reset": lambda near, far: reset(far),
+}
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.01])
+async def test_every_order_of_ends(sockets, pause):
+    for steps in itertools.chain(
+        itertools.permutations(STEPS, 1), itertools.permutations(STEPS, 2), itertools.permutations(STEPS, 3)
+    ):
+        async with chain(sockets) as (near, far):
+            await sendall(near, b"request")
+            assert await recv(far) == b"request"
+            await sendall(far, b"x" * 1000)
+            for step in steps:
+                try:
+                    STEPS[step](near, far)
+                except OSError as error:
+                    assert error.errno in (errno.EBADF, errno.ENOTCONN), steps
+                await anyio.sleep(pause)
+
+
+async def test_a_half_close_leaves_the_other_half_open(sockets):
+    async with chain(sockets) as (near, far):
+        await sendall(near, b"request")
+        near.shutdown(socket.SHUT_WR)
+        assert await recv_all(far) == b"request"
+        await sendall(far, b"answer")
+        assert await recv(near) == b"answer"
+        far.shutdown(socket.SHUT_WR)
+        assert await recv(near) == b""
+
+
+async def test_a_reset_travels_on():
+    async with chain(tcp_socketpair) as (near, far):
+        await sendall(near, b"x")
+        await recv(far)
+        reset(near)
+        with pytest.raises(ConnectionResetError):
+            await recv(far)
+    async with chain(tcp_socketpair) as (near, far):
+        await sendall(far, b"x")
+        await recv(near)
+        reset(far)
+        with pytest.raises(ConnectionResetError):
+            await recv(near)
+
+
+@pytest.mark.parametrize(("code", "error"), [(kk.Code.TARGET_RESET, kk.TargetResetError), (2**31, kk.ApplicationError)])
+async def test_a_reset_reaches_the_stream_with_its_code(code, error):
+    async with half(tcp_socketpair, code=code) as (a, outer, _ended):
+        await sendall(outer, b"x")
+        await exactly(a, 1)
+        reset(outer)
+        with pytest.raises(error):
+            await a.receive()
+
+
+async def test_a_streams_reset_reaches_the_socket():
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await a.send(b"x")
+        assert await recv(outer) == b"x"
+        a.reset()
+        with pytest.raises(ConnectionResetError):
+            await recv(outer)
+        await ended.wait()
+
+
+async def test_the_end_of_the_session_reaches_the_socket():
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await a.send(b"x")
+        assert await recv(outer) == b"x"
+        a.session.abort()
+        with pytest.raises(ConnectionResetError):
+            await recv(outer)
+        await ended.wait()
+
+
+async def test_what_was_answered_before_a_reset_arrives():
+    # The target has answered and closed; a late byte of the request makes it reset. The answer is whole.
+    answer = random.Random(8).randbytes(600_000)
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await a.send(b"request")
+        assert await recv(outer) == b"request"
+        sending = asyncio.create_task(sendall(outer, answer))
+        await anyio.sleep(0.05)
+        received = bytearray()
+        while not sending.done():
+            received += await a.receive(10_000)
+        outer.close()
+        await anyio.sleep(0.02)
+        await a.send(b"late")
+        await ended.wait()
+        with pytest.raises(kk.TargetResetError):
+            for _ in range(1000):
+                await a.send(b"later")
+                await anyio.sleep(0.001)
+        assert bytes(received) + await until_end(a) == answer
+
+
+async def test_an_answer_arrives_though_the_request_is_not_read_to_its_end():
+    # The peer closes with FIN and STOP; the socket goes on being read, so that closing it resets nothing.
+    answer = random.Random(9).randbytes(500_000)
+    async with half(tcp_socketpair) as (a, outer, ended):
+
+        async def upload():
+            try:
+                while True:
+                    await sendall(outer, bytes(100_000))
+            except OSError:
+                pass
+
+        async def serve():
+            await exactly(a, 1000)
+            await a.send(answer)
+            await a.aclose()
+
+        task = asyncio.create_task(upload())
+        serving = asyncio.create_task(serve())
+        received = bytearray()
+        while len(received) < len(answer):
+            received += await recv(outer)
+        assert received == answer
+        await serving
+        await ended.wait()
+        await task
+
+
+async def test_what_came_before_the_splice_comes_first(sockets):
+    for send_end in (False, True):
+        async with memory_stream_pair() as (a, b):
+            await a.send(b"early ")
+            await a.send(b"data" * 500)
+            if send_end:
+                await a.aclose()
+            await anyio.sleep(0.02)
+            outer, inner = sockets()
+            ended = asyncio.Event()
+            await splice(b, inner, on_closed=ended.set)
+            if not send_end:
+                await a.send_eof()
+            assert await recv_all(outer) == b"early " + b"data" * 500
+            outer.close()
+            await ended.wait()
+
+
+async def test_splicing_a_stream_that_broke_before():
+    async with memory_stream_pair() as (a, b):
+        a.reset()
+        await anyio.sleep(0.02)
+        outer, inner = tcp_socketpair()
+        ended = asyncio.Event()
+        await splice(b, inner, on_closed=ended.set)
+        await ended.wait()
+        with pytest.raises(ConnectionResetError):
+            await recv(outer)
+        outer.close()
+
+
+async def test_splicing_what_cannot_be_spliced():
+    async with memory_stream_pair() as (a, b):
+        outer, inner = tcp_socketpair()
+        task = asyncio.create_task(b.receive())
+        await asyncio.sleep(0)
+        with pytest.raises(anyio.BusyResourceError):
+            await splice(b, inner)
+        assert inner.fileno() == -1
+        assert await recv(outer) == b""
+        await a.send(b"x")
+        assert await task == b"x"
+        b.close()
+        again, inner = tcp_socketpair()
+        with pytest.raises(StreamClosedError):
+            await splice(b, inner)
+        inner.close()
+        with pytest.raises(OSError, match="Bad file"):
+            await splice(a, inner)
+        outer.close()
+        again.close()
+
+
+async def test_a_handler_splices_and_returns():
+    pairs = []
+
+    async def handler(stream, request):
+        outer, inner = tcp_socketpair()
+        pairs.append(outer)
+        await splice(stream, inner)
+
+    async def too_late(stream, request):
+        outer, inner = tcp_socketpair()
+        pairs.append(outer)
+        with pytest.raises(asyncio.CancelledError):
+            await anyio.sleep_forever()
+        await splice(stream, inner)
+
+    limits = kk.Limits(initial_streams=8)
+    async with memory_session_pair(server_limits=limits) as (client, server):
+        server.handlers.add(Tcp, handler)
+        for _ in range(20):
+            async with await client.open_tcp("x", 1) as stream:
+                await stream.send(b"hello")
+                outer = pairs.pop()
+                assert await recv(outer) == b"hello"
+                outer.close()
+        await until(lambda: server._mux.admission.retired == 20)
+        server.handlers.remove(Tcp)
+        server.handlers.add(Tcp, too_late)
+        stream = await client.open_tcp("x", 1, early=True)
+        await until(lambda: pairs)
+        stream.reset()
+        await until(lambda: server._mux.admission.retired == 21)
+        assert await recv(pairs[0]) == b""
+        pairs[0].close()
+
+
+async def test_opening_from_a_socket_needs_no_task():
+    async def handler(stream, request):
+        await stream.accept()
+        async for chunk in stream:
+            await stream.send(chunk.upper())
+
+    async with memory_session_pair() as (client, server):
+        server.handlers.add(Tcp, handler)
+        outer, inner = tcp_socketpair()
+        ended = asyncio.Event()
+        joint = Splice(on_closed=ended.set)
+        joint.on_connected = lambda _transport: joint.attach(client.open_sink(Tcp("x", 1), joint))
+        SocketTransport(inner, joint.local)
+        await sendall(outer, b"before the answer")
+        assert await recv(outer) == b"BEFORE THE ANSWER"
+        outer.close()
+        await ended.wait()
+        await until(lambda: not client.stream_count)
+        # Closed before the OPEN is even sent.
+        outer, inner = tcp_socketpair()
+        joint = Splice()
+        joint.on_connected = lambda _transport: joint.attach(client.open_sink(Tcp("x", 1), joint))
+        transport = SocketTransport(inner, joint.local)
+        transport.abort()
+        outer.close()
+        await until(lambda: joint.transport is None)
+        # Refused: the client gets a reset.
+        server.handlers.remove(Tcp)
+        outer, inner = tcp_socketpair()
+        joint = Splice()
+        joint.on_connected = lambda _transport: joint.attach(client.open_sink(Tcp("x", 1), joint))
+        SocketTransport(inner, joint.local)
+        with pytest.raises(ConnectionResetError):
+            await recv(outer)
+        outer.close()
+        # No session to open on: broken off before there is a stream.
+        outer, inner = tcp_socketpair()
+        joint = Splice()
+        joint.on_connected = lambda _transport: joint.break_off()
+        SocketTransport(inner, joint.local)
+        joint.local.get_buffer(-1)
+        joint.local.buffer_updated(1)
+        assert not joint.local.eof_received()
+        with pytest.raises(ConnectionResetError):
+            await recv(outer)
+        outer.close()
+
+
+# Backpressure
+
+
+async def test_a_target_that_never_reads_leaves_memory_flat(sockets):
+    async with half(sockets) as (a, outer, _ended):
+        sent = 0
+        with anyio.move_on_after(0.3):
+            while True:
+                await a.send(bytes(64 * 1024))
+                sent += 64 * 1024
+        limits = a.session.limits
+        assert sent <= limits.max_window + limits.send_queue + 4 * 1024 * 1024
+        received = 0
+        while received < sent:
+            received += len(await recv(outer))
+
+
+async def test_a_stream_that_is_not_read_stops_the_socket(sockets):
+    async with half(sockets) as (a, outer, _ended):
+        sent = 0
+        with anyio.move_on_after(0.3):
+            while True:
+                await sendall(outer, bytes(64 * 1024))
+                sent += 64 * 1024
+        assert sent <= a.session.limits.max_window + QUEUE_HIGH + 4 * 1024 * 1024
+        assert len(await exactly(a, sent)) == sent
+
+
+async def test_a_slow_splice_holds_up_nobody():
+    async with memory_stream_pair() as (stalled, spliced_end), memory_stream_pair() as (a, b):
+        outer, inner = tcp_socketpair()
+        ended = asyncio.Event()
+        await splice(spliced_end, inner, on_closed=ended.set)
+        with anyio.move_on_after(0.1):
+            while True:
+                await stalled.send(bytes(64 * 1024))
+        await a.send(b"x")
+        assert await exactly(b, 1) == b"x"
+        stalled.reset()
+        await ended.wait()
+        outer.close()
+
+
+async def test_an_idle_splice_holds_no_buffer(sockets):
+    async with half(sockets) as (a, outer, _ended):
+        await a.send(bytes(200_000))
+        assert sum([len(await recv(outer)) for _ in range(1)])
+        await sendall(outer, b"x")
+        await a.receive()
+        received = 0
+        await a.send(b"end")
+        while not (chunk := await recv(outer)).endswith(b"end"):
+            received += len(chunk)
+        await anyio.sleep(0.01)
+        joint = next(o for o in gc.get_objects() if type(o) is Splice and o.transport is not None)
+        assert joint.local._scratch is None
+        assert joint.transport._buffer is None
+        assert not joint._held
+
+
+async def test_a_thousand_at_once():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4000:
+        pytest.skip("needs 4,000 file descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+    outers = []
+
+    async def handler(stream, request):
+        outer, inner = unix_socketpair()
+        outers.append(outer)
+        await splice(stream, inner)
+
+    try:
+        async with memory_session_pair() as (client, server):
+            server.handlers.add(Tcp, handler)
+            streams = await asyncio.gather(*(client.open_tcp("x", 1) for _ in range(1000)))
+            for number, stream in enumerate(streams):
+                await stream.send(b"%d" % number)
+            got = {await recv(outer) for outer in outers}
+            assert got == {b"%d" % number for number in range(1000)}
+            for outer in outers:
+                await sendall(outer, b"back")
+                outer.close()
+            for stream in streams:
+                assert await until_end(stream) == b"back"
+                await stream.aclose()
+            await until(lambda: not client.stream_count and not server.stream_count)
+            assert server.stats().granted == client.stats().granted == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# TLS at the local side
+
+
+@asynccontextmanager
+async def tls_half(authority):
+    """A stream, spliced to a TLS server's side of a connection; that one's client side."""
+    async with memory_stream_pair() as (a, b):
+        outer, inner = tcp_socketpair()
+        ended = asyncio.Event()
+        joint = Splice(on_closed=ended.set)
+        joint.on_connected = lambda _transport: joint.attach(b.detach())
+        loop = asyncio.get_running_loop()
+        _, (reader, writer) = await asyncio.gather(
+            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server),
+            asyncio.open_connection(sock=outer, ssl=authority.client, server_hostname="cp"),
+        )
+        yield a, reader, writer, ended
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except (OSError, ssl.SSLError):
+            pass
+        a.reset()
+        await ended.wait()
+        await until(lambda: not a.session.stream_count)
+
+
+async def test_tls_ends_both_halves_cleanly(authority, caplog):
+    data = random.Random(10).randbytes(300_000)
+    async with tls_half(authority) as (a, reader, writer, ended):
+        await a.send(data)
+        assert await reader.readexactly(len(data)) == data
+        writer.write(data)
+        assert await exactly(a, len(data)) == data
+        # The stream ends: its FIN must close the TLS connection, not break the session.
+        await a.send(b"last")
+        await a.send_eof()
+        assert await reader.read() == b"last"
+        await ended.wait()
+        assert await until_end(a) == b""
+    async with tls_half(authority) as (a, reader, writer, ended):
+        writer.write(b"last")
+        writer.close()
+        assert await until_end(a) == b"last"
+        with pytest.raises(kk.PeerError):
+            for _ in range(1000):
+                await a.send(b"x")
+                await anyio.sleep(0.001)
+        await ended.wait()
+    assert "eof_received" not in caplog.text
+
+
+async def test_tls_breaks_off(authority):
+    async with tls_half(authority) as (a, reader, writer, ended):
+        await a.send(b"x")
+        await reader.readexactly(1)
+        a.reset()
+        await ended.wait()
+        with pytest.raises((OSError, asyncio.IncompleteReadError)):
+            await reader.readexactly(1)
+    async with tls_half(authority) as (a, reader, writer, ended):
+        await a.send(b"x")
+        await reader.readexactly(1)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+        writer.transport.abort()
+        await ended.wait()
+        with pytest.raises((kk.TargetResetError, anyio.EndOfStream)):
+            await a.receive()
