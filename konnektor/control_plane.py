@@ -333,8 +333,8 @@ class ControlPlane(Endpoint):
             )
         except HandshakeError as error:
             if verdict is None:
-                verdict = explain(error.__cause__, peer)
-            if verdict:  # else it was a session, if only for a moment, and its end was told
+                logger.warning("refused a connection: %s", explain(error.__cause__, peer))
+            elif verdict:  # else it was a session, if only for a moment, and its end was told
                 logger.warning("refused %s", verdict)
 
     def _check_peer(self, session: Session, peer: str) -> None:

@@ -112,7 +112,7 @@ class Clients:
                 ssl_shutdown_timeout=TLS_TIMEOUT,
             )
         except OSError as error:
-            logger.warning("refused %s", explain(error, peer))
+            logger.warning("refused a connection: %s", explain(error, peer))
             return
         if client.transport is not None:
             self._add(client, client.transport)

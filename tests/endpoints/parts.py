@@ -105,7 +105,7 @@ class Goodbye(Target):
 
     def data_received(self, data):
         self.data += data
-        if self.transport.can_write_eof() and not self.transport.is_closing():
+        if len(self.data) == len(data):
             self.transport.write(b"bye")
             self.transport.write_eof()
 

@@ -1,0 +1,425 @@
+"""HTTP CONNECT through a whole tunnel: on TCP, on a Unix socket, and over TLS with client certificates."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import stat
+from types import SimpleNamespace
+
+import pytest
+
+import konnektor as kk
+from konnektor.frontends.http_connect import MAX_HEAD
+from konnektor.frontends.http_server import EARLY, HttpConnect
+from tests.endpoints.parts import (
+    ESTABLISHED,
+    Banner,
+    Goodbye,
+    Resetting,
+    ask,
+    black_hole,
+    connect_head,
+    connection,
+    reset,
+    target,
+    tunnel,
+    until,
+)
+
+
+@pytest.fixture(params=["http", "unix", "https"])
+def frontend(request, certs, tmp_path):
+    """Each kind of frontend: its URL, and what a client needs to connect to it."""
+    match request.param:
+        case "http":
+            return SimpleNamespace(url="http://127.0.0.1:0", client={}, tls=False)
+        case "unix":
+            return SimpleNamespace(url=f"http+unix://{tmp_path}/c.sock", client={}, tls=False)
+        case _:
+            return SimpleNamespace(url=https_url(certs), client=https_client(certs), tls=True)
+
+
+def https_url(certs):
+    files = certs.plane
+    return f"https://127.0.0.1:0?cert={files.cert}&key={files.key}&client-ca={files.ca}"
+
+
+def https_client(certs, version=None):
+    """As kube-apiserver: a certificate, no ALPN, SNI by the host."""
+    files = certs("client", "apiserver")
+    context = ssl.create_default_context(cafile=files.ca)
+    context.load_cert_chain(files.cert, files.key)
+    if version:
+        context.maximum_version = version
+    return {"ssl": context, "server_hostname": "127.0.0.1"}
+
+
+@contextlib.asynccontextmanager
+async def connected(where, to, early=b"", **client):
+    """Reader and writer once the 200 is there, which is exactly that."""
+    async with connection(where, **client) as (reader, writer):
+        writer.write(connect_head(to) + early)
+        assert await reader.readuntil(b"\r\n\r\n") == ESTABLISHED
+        yield reader, writer
+
+
+async def test_a_tunnel(certs, frontend):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **frontend.client) as (reader, writer):
+            for size in (1, 1000, 300_000):
+                data = bytes(size)
+                writer.write(data)
+                assert await reader.readexactly(size) == data
+            if writer.can_write_eof():
+                writer.write_eof()
+                assert await reader.read() == b""
+        await until(lambda: t.session.stream_count == 0)
+
+
+async def test_routing(certs):
+    grants = ["node-1=cidr=127.0.0.0/8", "node-1=default"]
+    async with (
+        target() as echo,
+        tunnel(certs, plane={"grant_routes": grants}, routes=["cidr=127.0.0.0/8"], allow=["127.0.0.1:*"]) as t,
+    ):
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        ok, port = "HTTP/1.1 200 Connection Established", echo.port
+        assert await ask(where, f"127.0.0.1.node-1.konnektor.internal:{port}") == ok
+        assert await ask(where, f"127.0.0.1:{port}", "Konnektor-Worker: node-1") == ok
+        assert await ask(where, f"127.0.0.1:{port}") == ok  # by the longest prefix
+        nobody = "HTTP/1.1 503 No Worker for Target"
+        assert await ask(where, f"10.0.0.1:{port}") == nobody  # granted, and yet not claimed
+        assert await ask(where, f"127.0.0.1:{port}", "Konnektor-Worker: node-9") == nobody
+        assert await ask(where, f"127.0.0.1.node-9.konnektor.internal:{port}") == nobody
+
+
+async def test_what_a_client_is_told(certs, frontend, log):
+    with black_hole() as hole:
+        limits = kk.Limits(open_deadline=0.3)
+        async with tunnel(certs, allow=[f"127.0.0.1:{hole}", "127.0.0.1:1-9"], plane={"limits": limits}) as t:
+            where = await t.plane.add_frontend(frontend.url)
+            header = "Konnektor-Worker: node-1"
+            for to, status in [
+                ("127.0.0.1:80", "403 Destination Denied by Policy"),
+                ("127.0.0.1:9", "502 Connection Refused by Target"),
+                (f"127.0.0.1:{hole}", "504 Target Timed Out"),
+                ("localhost:99999", "400 Malformed Target"),
+            ]:
+                assert await ask(where, to, header, **frontend.client) == f"HTTP/1.1 {status}"
+            assert await ask(where, "x:1", "Content-Length: 1", **frontend.client) == "HTTP/1.1 400 CONNECT Has No Body"
+            assert t.session.stream_count == 0
+    refusals = [line for line in log() if line.startswith("refused") and "CONNECT 127." in line]
+    assert any(line.endswith("CONNECT 127.0.0.1:80: 403 Destination Denied by Policy (denied)") for line in refusals)
+    assert len(refusals) == 3
+
+
+async def test_not_connect(certs):
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        async with connection(where) as (reader, writer):
+            writer.write(b"GET http://127.0.0.1/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 405 Only CONNECT Is Served Here\r\nAllow: CONNECT\r\n")
+
+
+async def test_an_oversize_head_gets_its_answer(certs, frontend):
+    """Unread bytes would make the kernel reset the connection, and destroy the answer."""
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        async with connection(where, **frontend.client) as (reader, writer):
+            writer.write(b"CONNECT x:1 HTTP/1.1\r\nX: " + b"y" * (4 * MAX_HEAD))
+            await writer.drain()
+            assert await reader.readline() == b"HTTP/1.1 431 Request Head Too Large\r\n"
+
+
+async def test_a_refused_client_that_never_closes_is_dropped(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.frontends.http_server.LINGER", 0.05)
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        async with connection(where) as (reader, writer):
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 4")
+            await until(lambda: not t.plane._clients._here)
+
+
+async def test_a_client_that_says_nothing(certs, frontend, monkeypatch):
+    monkeypatch.setattr("konnektor.frontends.http_server.HEAD_TIMEOUT", 0.1)
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        async with connection(where, **frontend.client) as (reader, writer):
+            writer.write(b"CONNECT 127")
+            assert await reader.readline() == b"HTTP/1.1 408 Request Timeout\r\n"
+
+
+async def test_early_data(certs, frontend):
+    """Sent with the request, and more than is read ahead of the 200."""
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        for size in (1, 3 * EARLY):
+            early = bytes(range(256)) * (size // 256 + 1)
+            to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+            async with connected(where, to, early, **frontend.client) as (reader, _):
+                assert await reader.readexactly(len(early)) == early
+
+
+@pytest.mark.parametrize("target_ends", [False, True])
+async def test_a_client_that_ends_between_the_200_and_the_tunnel(certs, monkeypatch, target_ends):
+    """It half-closes in that moment; what it asked for still comes."""
+    async with target() as echo, tunnel(certs) as t:
+
+        class InBetween(HttpConnect):
+            async def _establish(self, stream):
+                establishing = asyncio.ensure_future(super()._establish(stream))
+                await asyncio.sleep(0)  # the 200 is written
+                if target_ends:
+                    echo.made[0].transport.write_eof()
+                    await until(lambda: stream._inbox.eof)
+                self.transport.pause_reading()
+                assert self.eof_received()
+                await establishing
+
+        monkeypatch.setattr("konnektor.frontends.clients.HttpConnect", InBetween)
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, b"question") as (reader, _):
+            assert await reader.read() == (b"" if target_ends else b"question")
+        await until(lambda: t.session.stream_count == 0)
+
+
+async def test_the_client_goes_while_its_target_is_dialed(certs, frontend):
+    """The dial is cancelled: the worker is told to stop, and forgets the stream."""
+    with black_hole() as hole:
+        async with tunnel(certs) as t:
+            where = await t.plane.add_frontend(frontend.url)
+            async with connection(where, **frontend.client) as (_, writer):
+                writer.write(connect_head(f"127.0.0.1.node-1.konnektor.internal:{hole}"))
+                await until(lambda: t.worker.sessions[0].stream_count == 1)
+            await until(lambda: t.worker.sessions[0].stream_count == 0)
+            assert t.session.stream_count == 0 and not t.plane._clients._tasks
+
+
+async def test_the_worker_goes_while_its_target_is_dialed(certs, frontend):
+    with black_hole() as hole:
+        async with tunnel(certs) as t:
+            where = await t.plane.add_frontend(frontend.url)
+            to = f"127.0.0.1.node-1.konnektor.internal:{hole}"
+            answer = asyncio.create_task(ask(where, to, **frontend.client))
+            await until(lambda: t.session.stream_count == 1)
+            t.session.abort()
+            assert await answer == "HTTP/1.1 503 Worker Connection Lost"
+
+
+async def test_the_worker_goes_while_a_tunnel_is_open(certs, frontend):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **frontend.client) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            t.session.abort()
+            # No clean end, where the client can tell: a Unix socket knows no reset.
+            with contextlib.suppress(ConnectionResetError, ssl.SSLError):
+                assert await reader.read() == b""
+                assert not where.startswith("127.")
+
+
+@pytest.mark.parametrize("kind", [Resetting, Goodbye])
+async def test_how_targets_end(certs, frontend, kind):
+    async with target(kind) as server, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{server.port}"
+        async with connected(where, to, **frontend.client) as (reader, writer):
+            writer.write(b"x")
+            if kind is Goodbye:
+                assert await reader.read() == b"bye"  # an end, over TLS too
+            else:
+                assert await reader.readexactly(4) == b"half"
+                with contextlib.suppress(ConnectionResetError, ssl.SSLError):
+                    assert await reader.read() == b""
+                    assert not where.startswith("127.")
+
+
+async def test_a_client_that_resets(certs, frontend):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **frontend.client) as (reader, writer):
+            writer.write(b"x")
+            await reader.readexactly(1)
+            if where.startswith("/"):
+                writer.transport.abort()
+            else:
+                reset(writer.transport)
+            await echo.made[0].lost
+        await until(lambda: t.session.stream_count == 0)
+
+
+# The order of the first bytes
+
+
+async def test_a_target_that_speaks_first(certs, frontend):
+    async with target(Banner) as banner, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{banner.port}"
+        for _ in range(10):
+            async with connected(where, to, **frontend.client) as (reader, _):
+                assert await reader.readline() == b"220 ready\r\n"
+
+
+async def test_the_200_is_a_write_of_its_own(certs, monkeypatch):
+    """Though the target's banner is there before: kube-apiserver gives up when it reads both at once."""
+    writes = []
+
+    class Recorded(HttpConnect):
+        def connection_made(self, transport):
+            super().connection_made(Recording(transport))
+
+    class Recording:
+        def __init__(self, transport):
+            self._transport = transport
+
+        def __getattr__(self, name):
+            return getattr(self._transport, name)
+
+        def write(self, data):
+            writes.append(bytes(data))
+            self._transport.write(data)
+
+    async def with_banner(opener, request):
+        stream = await opener(request)
+        await until(lambda: stream._inbox.chunks)
+        return stream
+
+    async with target(Banner) as banner, tunnel(certs) as t:
+        clients = t.plane._clients
+        opener = clients._opener
+        monkeypatch.setattr(clients, "_opener", lambda request: with_banner(opener, request))
+        monkeypatch.setattr("konnektor.frontends.clients.HttpConnect", Recorded)
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        to = f"127.0.0.1.node-1.konnektor.internal:{banner.port}"
+        async with connected(where, to) as (reader, _):
+            assert await reader.readline() == b"220 ready\r\n"
+    assert writes == [ESTABLISHED, b"220 ready\r\n"]
+
+
+# Defects
+
+
+async def test_a_defect_is_a_500(certs, monkeypatch, log):
+    async with tunnel(certs) as t:
+
+        async def opener(request):
+            raise RuntimeError("secret")
+
+        monkeypatch.setattr(t.plane._clients, "_opener", opener)
+        where = await t.plane.add_frontend("http://127.0.0.1:0")
+        assert await ask(where, "x:1") == "HTTP/1.1 500 Internal Error"
+    assert "internal error" in log()
+
+
+# The end
+
+
+async def test_drain(certs, frontend):
+    """Who has not asked yet is told; who is being connected still gets its tunnel."""
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with (
+            connection(where, **frontend.client) as (idle, idle_writer),
+            connected(where, to, **frontend.client) as (reader, writer),
+        ):
+            await until(lambda: len(t.plane._clients._here) == 2)
+            draining = asyncio.create_task(t.plane.drain(30))
+            assert await idle.readline() == b"HTTP/1.1 503 Shutting Down\r\n"
+            idle_writer.close()
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            writer.close()
+            await draining
+
+
+async def test_aclose_while_dialing(certs, frontend):
+    with black_hole() as hole:
+        async with tunnel(certs) as t:
+            where = await t.plane.add_frontend(frontend.url)
+            async with connection(where, **frontend.client) as (reader, writer):
+                writer.write(connect_head(f"127.0.0.1.node-1.konnektor.internal:{hole}"))
+                await until(lambda: t.session.stream_count == 1)
+                await t.plane.aclose()
+                with contextlib.suppress(ConnectionError, ssl.SSLError):
+                    assert b"200" not in await reader.read()
+
+
+# Unix sockets
+
+
+async def test_the_unix_socket_is_ours_alone(certs, tmp_path):
+    path = tmp_path / "c.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        assert await plane.add_frontend(f"http+unix://{path}") == str(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        with pytest.raises(kk.ListenError, match="another program is listening there"):
+            await plane.add_frontend(f"http+unix://{path}")
+    assert not path.exists()
+
+
+async def test_what_another_program_put_there_stays(certs, tmp_path):
+    path = tmp_path / "c.sock"
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        await plane.add_frontend(f"http+unix://{path}")
+        path.unlink()
+        path.write_text("mine")
+    assert path.read_text() == "mine"
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        with pytest.raises(kk.ListenError, match="something that is not a socket is there"):
+            await plane.add_frontend(f"http+unix://{path}")
+
+
+# https
+
+
+async def test_tls_1_2_is_enough_and_there_is_no_alpn(certs):
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        client = https_client(certs, ssl.TLSVersion.TLSv1_2)
+        client["ssl"].set_alpn_protocols(["h2", "http/1.1"])
+        async with connection(where, **client) as (_, writer):
+            ssl_object = writer.get_extra_info("ssl_object")
+            assert ssl_object.version() == "TLSv1.2" and ssl_object.selected_alpn_protocol() is None
+        assert await ask(where, "x:1", **https_client(certs)) == "HTTP/1.1 503 No Worker for Target"
+
+
+async def test_https_wants_a_certificate_of_its_ca(certs, foreign, log):
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        strangers = foreign("client", "stranger")
+        context = ssl.create_default_context(cafile=certs.ca)
+        for sentence in ("sent no certificate", "was not issued by a CA that we trust"):
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                async with connection(where, ssl=context, server_hostname="127.0.0.1") as (reader, writer):
+                    writer.write(connect_head("x:1"))
+                    assert await reader.read() == b""
+            await until(lambda sentence=sentence: any(sentence in line for line in log()))
+            context.load_cert_chain(strangers.cert, strangers.key)
+        async with connection(where) as (reader, writer):
+            writer.write(connect_head("x:1"))
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        await until(lambda: any("speaks plain HTTP" in line for line in log()))
+    assert len([line for line in log() if line.startswith("refused a connection: ")]) == 3
+
+
+async def test_closing_during_a_handshake(certs):
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        async with connection(where) as (reader, _):
+            await until(lambda: t.plane._clients._tasks)
+            await t.plane.aclose()
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""

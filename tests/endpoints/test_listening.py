@@ -1,0 +1,256 @@
+"""Listening sockets: which addresses, whose file, and what happens when descriptors run out."""
+
+import asyncio
+import errno
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from konnektor.errors import ListenError
+from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from tests.endpoints.parts import until
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+async def names(host, port=0):
+    sockets = await bind_tcp(host, port)
+    for sock in sockets:
+        sock.close()
+    return [sock.family for sock in sockets]
+
+
+def resolve_to(monkeypatch, *addresses):
+    async def getaddrinfo(host, port, **_):
+        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
+        return [
+            (family, socket.SOCK_STREAM, 6, "", (address, port))
+            for family, address in zip(families, addresses, strict=True)
+        ]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+
+
+async def test_every_address_of_a_name_on_one_port():
+    sockets = await bind_tcp("localhost", 0)
+    try:
+        assert len({sock.getsockname()[1] for sock in sockets}) == 1
+        assert bound_name(sockets[0]) == "{}:{}".format(*sockets[0].getsockname()) or has_ipv6()
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+async def test_ipv6():
+    if not has_ipv6():
+        pytest.skip("no IPv6 here")
+    (sock,) = await bind_tcp("::1", 0)
+    with sock:
+        assert bound_name(sock).startswith("[::1]:")
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "sentence"),
+    [
+        ("192.0.2.1", 0, "cannot listen on 192.0.2.1:0: the address is not one of this machine's"),
+        ("no-such-host.invalid", 1, r"cannot listen on no-such-host.invalid:1: the host does not resolve \(.+\)"),
+    ],
+)
+async def test_what_cannot_be_had(host, port, sentence):
+    with pytest.raises(ListenError, match=sentence):
+        await bind_tcp(host, port)
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.EACCES, "permission denied; ports below 1024"),
+        (errno.EMFILE, "Too many open files"),
+        (None, "odd"),
+    ],
+)
+async def test_why(monkeypatch, number, why):
+    class Refusing(socket.socket):
+        def bind(self, address):
+            raise OSError(number, why) if number else OSError(why)
+
+    monkeypatch.setattr("konnektor.listening.socket.socket", Refusing)
+    with pytest.raises(ListenError, match=why):
+        await bind_tcp("127.0.0.1", 80)
+
+
+async def test_addresses_that_this_machine_lacks_are_left_out(monkeypatch):
+    original = socket.socket
+
+    class WithoutSome(original):
+        def bind(self, address):
+            if address[0] == "127.0.0.9":
+                raise OSError(errno.EADDRNOTAVAIL, "no")
+            super().bind(address)
+
+    async def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.9", "127.0.0.1")]
+
+    monkeypatch.setattr("konnektor.listening.socket.socket", WithoutSome)
+    loop = asyncio.get_running_loop()
+
+    class Loop:
+        get_running_loop = staticmethod(lambda: type("L", (), {"getaddrinfo": staticmethod(getaddrinfo)}))
+
+    monkeypatch.setattr("konnektor.listening.asyncio", Loop)
+    (sock,) = await bind_tcp("name.test", 0)
+    sock.close()
+    assert loop is not None and sock.fileno() < 0
+
+
+@pytest.mark.parametrize("always", [False, True])
+async def test_the_free_port_may_be_taken_on_the_next_address(monkeypatch, always):
+    attempts = []
+
+    class Taken(socket.socket):
+        def bind(self, address):
+            attempts.append(address)
+            if address[1] and (always or len(attempts) < 5):
+                raise OSError(errno.EADDRINUSE, "taken")
+            super().bind(address)
+
+    async def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.1", "127.0.0.2")]
+
+    class Loop:
+        get_running_loop = staticmethod(lambda: type("L", (), {"getaddrinfo": staticmethod(getaddrinfo)}))
+
+    monkeypatch.setattr("konnektor.listening.socket.socket", Taken)
+    monkeypatch.setattr("konnektor.listening.asyncio", Loop)
+    if always:
+        with pytest.raises(ListenError, match="in use"):
+            await bind_tcp("name.test", 0)
+    else:
+        first, second = await bind_tcp("name.test", 0)
+        with first, second:
+            assert first.getsockname()[1] == second.getsockname()[1]
+
+
+# Unix
+
+
+def test_a_stale_socket_that_goes_by_itself(tmp_path, monkeypatch):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+
+    class Racing(socket.socket):
+        def connect(self, address):
+            Path(address).unlink()
+            raise ConnectionRefusedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("konnektor.listening.socket.socket", Racing)
+        bind_unix(path).close()
+
+
+def test_a_live_server_with_a_full_backlog_is_live(tmp_path):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as live, socket.socket(socket.AF_UNIX) as client:
+        live.bind(path)
+        live.listen(0)
+        client.connect(path)
+        before = os.umask(0o022)
+        os.umask(before)
+        with pytest.raises(ListenError, match="another program is listening there"):
+            bind_unix(path)
+        after = os.umask(before)
+        assert after == before
+
+
+# Accepting
+
+
+class Scripted:
+    """A listening socket that stays readable, with errors to raise from ``accept`` first."""
+
+    family = socket.AF_INET
+
+    def __init__(self, sock, *errors):
+        self._sock = sock
+        self.errors = list(errors)
+        self.accepts = 0
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def accept(self):
+        self.accepts += 1
+        if self.errors:
+            error = self.errors.pop(0)
+            if error is not None:
+                raise error
+        return self._sock.accept()
+
+
+async def scripted(*errors):
+    (sock,) = await bind_tcp("127.0.0.1", 0)
+    return Scripted(sock, *errors)
+
+
+async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    accepted = []
+    no_more = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    listener = await scripted(no_more, no_more, no_more)
+    acceptor = Acceptor(listener, lambda sock, _: accepted.append(sock))
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: accepted)
+    assert listener.accepts <= 5  # once a pause, and not once a turn of the loop
+    assert [r.getMessage() for r in caplog.records] == [
+        f"cannot accept on {acceptor.name} for now: Too many open files"
+    ]  # told once
+    listener.errors = [no_more]
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: len(caplog.records) == 2)
+        acceptor.close()  # while it pauses
+        acceptor.close()
+    for sock in accepted:
+        sock.close()
+
+
+async def test_an_error_of_one_connection_is_no_reason_to_stop():
+    accepted = []
+    listener = await scripted(ConnectionAbortedError(errno.ECONNABORTED, "gone"), OSError(errno.ENETUNREACH, "?"))
+    acceptor = Acceptor(listener, lambda sock, _: accepted.append(sock))
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: accepted)
+    assert listener.accepts >= 3
+    acceptor.close()
+    accepted[0].close()
+
+
+async def test_pausing_within_a_burst():
+    accepted = []
+    (sock,) = await bind_tcp("127.0.0.1", 0)
+
+    def take(sock, _):
+        accepted.append(sock)
+        acceptor.pause()
+
+    acceptor = Acceptor(sock, take)
+    clients = [socket.create_connection(sock.getsockname()) for _ in range(3)]
+    await until(lambda: accepted)
+    await asyncio.sleep(0.01)
+    assert len(accepted) == 1
+    acceptor.resume()
+    acceptor.resume()
+    await until(lambda: len(accepted) == 2)
+    acceptor.close()
+    acceptor.resume()  # in vain
+    for each in (*clients, *accepted):
+        each.close()
