@@ -132,15 +132,7 @@ class ControlPlane(Endpoint):
 
     # Life
 
-    async def start(self) -> None:
-        """Listens for workers. Cancelled, it listens on nothing.
-
-        Raises:
-            ConfigurationError: it was started before; an ended control plane does not start again.
-            ListenError: the address cannot be had.
-        """
-        if self._acceptors or self._leaving:
-            raise ConfigurationError("the control plane was started before")
+    async def _start(self) -> None:
         self._acceptors = [Acceptor(sock, self._accepted) for sock in await bind_tcp(*self._listen)]
 
     @property
@@ -161,8 +153,8 @@ class ControlPlane(Endpoint):
         super()._leave(drain=drain)
 
     def _drop(self) -> None:
-        self._clients.abort()
         super()._drop()
+        self._clients.abort()
 
     async def _wait_ended(self) -> None:
         await super()._wait_ended()
@@ -360,7 +352,8 @@ class ControlPlane(Endpoint):
                 logger.info(
                     "worker %s reconnected from %s; its session from %s drains", name, _where(session), _where(old)
                 )
-                old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
+                if not old.draining:  # else it ends at its own time
+                    old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
             else:
                 logger.warning("worker %s at %s replaces %s, which is silent", name, _where(session), _where(old))
                 old.close(Code.TIMEOUT, "replaced after silence")

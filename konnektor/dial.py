@@ -8,9 +8,11 @@ number; here each must keep its wire code.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from itertools import chain, zip_longest
@@ -31,7 +33,7 @@ from konnektor.errors import (
     UnreachableError,
 )
 
-__all__ = ["dial", "set_options"]
+__all__ = ["dial", "reset_on_close", "set_options"]
 
 STAGGER: Final = 0.25
 """Seconds between attempts: the Connection Attempt Delay of RFC 8305 section 5."""
@@ -114,6 +116,12 @@ def set_options(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def reset_on_close(sock: socket.socket) -> None:
+    """Lets the end of a TCP connection be a reset, not a clean end; a Unix socket knows no difference."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 async def _resolve(host: str, port: int) -> list[_Address]:
     try:
         parsed = parse_host(host)
@@ -128,6 +136,8 @@ async def _resolve(host: str, port: int) -> list[_Address]:
         )
     except socket.gaierror as error:
         raise DNSError(f"{host} did not resolve: {error.strerror}") from None
+    except OSError as error:  # EAI_SYSTEM, by its number: no descriptor for asking, say
+        raise _translate(error, host) from None
     addresses = [_Address(ip_address(sockaddr[0]), family, sockaddr) for family, _, _, _, sockaddr in found]
     if not addresses:
         raise DNSError(f"{host} has no address")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import encodings.idna  # noqa: F401 - getaddrinfo imports it, perhaps when descriptors have run out
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ClassVar, Final, Self, TypeVar
 
+from anyio.lowlevel import checkpoint
+
 from konnektor.changes import Changes
-from konnektor.errors import Code
+from konnektor.errors import Code, ConfigurationError
 from konnektor.limits import Limits
 from konnektor.policy import AllowList
 from konnektor.reloading import ReloadingContext
@@ -65,11 +68,25 @@ class Endpoint(ABC):
         self._live: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
+        self._started = False
         self._leaving = False
 
-    @abstractmethod
     async def start(self) -> None:
-        """Begins; see each endpoint."""
+        """Begins, and returns: a control plane listens then, a worker is connecting. Cancelled, it does neither.
+
+        Raises:
+            ConfigurationError: it was started before; an endpoint that has ended does not start again.
+            ListenError: the address of a control plane cannot be had.
+        """
+        if self._started or self._leaving:
+            raise ConfigurationError(f"the {self._kind} was started before")
+        # anyio imports its asyncio half at first use, which must not be when descriptors have run out.
+        await checkpoint()
+        await self._start()
+        self._started = True
+
+    @abstractmethod
+    async def _start(self) -> None: ...
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -49,14 +49,15 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         raise ListenError(f"cannot listen on {where}: the host does not resolve ({error.strerror})") from None
     infos = list(dict.fromkeys(infos))
-    for attempt in range(PORT_ATTEMPTS):
+    attempts = PORT_ATTEMPTS
+    while True:
+        attempts -= 1
         try:
             return _bind_all(infos, port)
         except OSError as error:
             # The free port of the first address may be taken on the second.
-            if port or error.errno != errno.EADDRINUSE or attempt == PORT_ATTEMPTS - 1:
+            if port or error.errno != errno.EADDRINUSE or not attempts:
                 raise ListenError(f"cannot listen on {where}: {_why(error)}") from None
-    raise AssertionError("unreachable")
 
 
 def _bind_all(infos: Sequence[tuple[Any, ...]], port: int) -> list[socket.socket]:
@@ -199,7 +200,7 @@ class Acceptor:
 
     def _starve(self, error: OSError) -> None:
         if not self._starved:  # told once, until it gets better
-            logger.warning("cannot accept on %s for now: %s", self.name, os.strerror(error.errno or 0))
+            logger.warning("cannot accept on %s: %s", self.name, os.strerror(error.errno or 0))
         self._starved = True
         self.pause()
         self._timer = self._loop.call_later(ACCEPT_PAUSE, self.resume)

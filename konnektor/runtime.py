@@ -115,10 +115,11 @@ async def serve(endpoint: Served, life: Coroutine[Any, Any, None], grace: float)
 
 class _Text(logging.Formatter):
     converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
         # One line an event, tracebacks included: log collectors count lines.

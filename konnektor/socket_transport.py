@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from typing import Any, Final, cast
 
@@ -65,8 +66,13 @@ class SocketTransport(asyncio.Transport):
                     self.close()
                 return
             protocol.buffer_updated(count)
-            if count < len(buffer) or not self._reading or self._closing:
+            if not self._reading or self._closing:
                 return
+            if count < len(buffer):
+                break
+        # uvloop tells of a reset once, and never again: if it was in the same breath as data, that was now.
+        if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._break(OSError(code, os.strerror(code)))
 
     def _stop_reading(self) -> None:
         if self._reading:

@@ -262,15 +262,14 @@ async def splice(
 ) -> None:
     """Joins a stream to a connected, non-blocking socket, and returns; they look after themselves from then on.
 
-    A peer's stream that was not accepted yet is accepted. The socket and the stream belong to the splice.
-    Never waits. If it raises, the socket is closed and the stream as it was.
+    A peer's stream that was not accepted yet is accepted; one that is broken already breaks the socket. The socket and
+    the stream belong to the splice. Never waits. If it raises, the socket is closed and the stream as it was.
 
     Args:
         code: what the peer is told when the socket breaks.
         on_closed: called once, when both are closed.
 
     Raises:
-        PeerError: the peer gave its stream up before.
         StreamClosedError: the stream was closed here.
         anyio.BusyResourceError: a task is receiving from the stream or sending to it.
     """

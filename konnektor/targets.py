@@ -9,7 +9,7 @@ from functools import partial
 
 from konnektor.addresses import format_hostport
 from konnektor.changes import Changes
-from konnektor.dial import dial
+from konnektor.dial import dial, reset_on_close
 from konnektor.errors import StreamError
 from konnektor.policy import AllowList
 from konnektor.session import Session
@@ -63,6 +63,7 @@ class Targets:
         """Gives up what targets have not taken yet."""
         for sock in self._open:
             # The splice is told by its next call to the kernel, which fails.
+            reset_on_close(sock)
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 

@@ -113,14 +113,7 @@ class Worker(Endpoint):
 
     # Life
 
-    async def start(self) -> None:
-        """Starts connecting, and returns.
-
-        Raises:
-            ConfigurationError: it was started before; an ended worker does not start again.
-        """
-        if self._links or self._leaving:
-            raise ConfigurationError("the worker was started before")
+    async def _start(self) -> None:
         self._links = [self._spawn(self._keep(address)) for address in self._addresses]
 
     async def wait_connected(self) -> Session:
@@ -159,12 +152,15 @@ class Worker(Endpoint):
     @property
     def sessions(self) -> list[Session]:
         """Those that are up and take streams."""
-        return [session for session in self._sessions.values() if not session.closed]
+        return [session for _, session in self._up()]
 
     @property
     def connected(self) -> list[str]:
         """``HOST:PORT`` of the control planes that sessions are up with."""
-        return [format_hostport(*address) for address, session in self._sessions.items() if not session.closed]
+        return [format_hostport(*address) for address, _ in self._up()]
+
+    def _up(self) -> list[tuple[tuple[str, int], Session]]:
+        return [item for item in self._sessions.items() if not item[1].closed and not item[1].draining]
 
     async def _keep(self, address: tuple[str, int]) -> None:
         """Keeps a session up to one control plane."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
-from konnektor.dial import set_options
+from konnektor.dial import reset_on_close, set_options
 from konnektor.errors import KonnektorError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
@@ -141,8 +141,9 @@ class Clients:
                 protocol.leave()
 
     def abort(self) -> None:
-        """Drops every client."""
+        """Drops every client, so that none of them takes it for the end of what it was reading."""
         for transport in list(self._here):
+            reset_on_close(transport.get_extra_info("socket"))
             transport.abort()
         for task in self._tasks:
             task.cancel()

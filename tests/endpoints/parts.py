@@ -2,10 +2,20 @@
 
 import asyncio
 import contextlib
+import os
+import resource
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from types import SimpleNamespace
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 import konnektor as kk
 from konnektor import pki
@@ -24,6 +34,23 @@ class Certificates:
             issued = pki.issue(self.folder, role, name, sans)
             self._files[name] = kk.TLSFiles(self.ca, issued.cert, issued.key)
         return self._files[name]
+
+    def expired(self, role, name):
+        """A certificate whose day is over; an honest CA issues none."""
+        files = self(role, name)
+        own = x509.load_pem_x509_certificate(files.cert.read_bytes())
+        builder = x509.CertificateBuilder(
+            own.issuer,
+            own.subject,
+            own.public_key(),
+            own.serial_number,
+            own.not_valid_before_utc - timedelta(days=9),
+            own.not_valid_before_utc - timedelta(days=1),
+            list(own.extensions),
+        )
+        key = load_pem_private_key((self.folder / "ca.key").read_bytes(), None)
+        files.cert.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+        return files
 
     @property
     def plane(self):
@@ -185,3 +212,64 @@ async def ask(where, to, *headers, **kwargs):
     async with connection(where, **kwargs) as (reader, writer):
         writer.write(connect_head(to, *headers))
         return (await reader.readline()).decode().strip()
+
+
+# -- Processes --------------------------------------------------------------------------------------------------------
+
+
+def flags(files):
+    """``--ca``, ``--cert`` and ``--key``."""
+    return ["--ca", str(files.ca), "--cert", str(files.cert), "--key", str(files.key)]
+
+
+class Process:
+    """The command line as a process of its own; its logs are in ``log``."""
+
+    def __init__(self, log, *arguments, descriptors=None):
+        self.log = log
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "konnektor", *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env={**os.environ, "PYTHONUNBUFFERED": ""},
+                preexec_fn=limit if descriptors else None,  # noqa: PLW1509 - a short one
+            )
+        self.pid = self._process.pid
+
+    def ready(self):
+        """What its ready line says: each key's values."""
+        line = self._process.stdout.readline().decode()
+        assert line.startswith("ready ") and line.endswith("\n"), (line, self.log.read_text())
+        found = {}
+        for pair in line.split()[1:]:
+            key, _, value = pair.partition("=")
+            found.setdefault(key, []).append(value)
+        return found
+
+    def signal(self, number=signal.SIGTERM):
+        self._process.send_signal(number)
+
+    def wait(self):
+        """The exit status; nothing more was on standard output."""
+        with self._process.stdout as stdout:
+            assert stdout.read() == b""
+        return self._process.wait()
+
+    def stop(self):
+        self.signal()
+        assert self.wait() == 0, self.log.read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.stdout.close()
+        self._process.wait()

@@ -22,8 +22,8 @@ from tests.endpoints.parts import (
     connection,
     target,
     tunnel,
-    unused_port,
     until,
+    unused_port,
 )
 
 
@@ -35,6 +35,12 @@ async def another_process(plane, files, monkeypatch, **kwargs):
         worker = kk.Worker([plane.address], tls=files, **kwargs)
     async with worker:
         yield worker
+
+
+@contextlib.asynccontextmanager
+async def connection_to(plane):
+    async with connection(plane.address) as pair:
+        yield pair
 
 
 # Who gets in
@@ -95,7 +101,7 @@ def lenient_context(files):
 
 
 async def test_a_worker_that_poses_as_a_control_plane(certs, log, monkeypatch):
-    monkeypatch.setattr(kk.TLSFiles, "server_context", lambda self: lenient_server(self))
+    monkeypatch.setattr(kk.TLSFiles, "server_context", lenient_server)
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.worker("evil")) as plane:
         text = await refused(plane, certs.worker(), server_name="evil")
         assert "is for another role" in text or "not for the name" in text
@@ -125,25 +131,25 @@ async def test_the_wrong_server_name(certs, log):
     ],
 )
 async def test_a_client_that_speaks_something_else(certs, log, data, sentence):
-    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
-        async with connection(plane.address) as (reader, writer):
-            writer.write(data)
-            if not data:
-                writer.close()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            await until(lambda: any(line.startswith("refused") for line in log()))
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    async with plane, connection_to(plane) as (reader, writer):
+        writer.write(data)
+        if not data:
+            writer.close()
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        await until(lambda: any(line.startswith("refused") for line in log()))
     (line,) = [line for line in log() if line.startswith("refused")]
     assert line.startswith("refused a connection: the client at 127.0.0.1:") and sentence in line
 
 
 async def test_a_client_that_says_nothing(certs, log):
     limits = kk.Limits(hello_timeout=0.2)
-    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits) as plane:
-        async with connection(plane.address) as (reader, _):
-            with contextlib.suppress(ConnectionError):
-                assert await reader.read() == b""
-            await until(log)
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits)
+    async with plane, connection_to(plane) as (reader, _):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        await until(log)
     assert any("did not finish the TLS handshake in time" in line for line in log())
 
 
@@ -166,7 +172,7 @@ async def test_a_control_plane_that_never_says_hello(certs):
         writer.close()
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0, ssl=certs.plane.server_context())
-    address = "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with kk.Worker([address], tls=certs.worker(), once=True, limits=kk.Limits(hello_timeout=0.3)) as worker:
         with pytest.raises(kk.HandshakeError, match=f"no session with the control plane at {address}: no HELLO within"):
             await worker.wait_connected()
@@ -182,30 +188,29 @@ async def test_a_worker_that_speaks_garbage_after_tls(certs, log):
             with contextlib.suppress(ConnectionError):
                 await reader.read()
             await until(log)
-    assert any("no session with the client at" in line and "unknown" in line or "0x30" in line for line in log())
+    assert any("no session with the client at" in line and "0x30" in line for line in log())
 
 
 async def test_more_handshakes_than_may_be_at_once_wait(certs, monkeypatch):
     monkeypatch.setattr("konnektor.control_plane.HANDSHAKES", 2)
-    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
-        async with contextlib.AsyncExitStack() as stack:
-            idle = [await stack.enter_async_context(connection(plane.address)) for _ in range(2)]
-            await until(lambda: len(plane._handshakes) == 2)
-            async with kk.Worker([plane.address], tls=certs.worker()) as worker:
-                await asyncio.sleep(0.02)
-                assert len(plane._handshakes) == 2 and not worker.sessions
-                idle[0][1].close()
-                await worker.wait_connected()
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, contextlib.AsyncExitStack() as stack:
+        idle = [await stack.enter_async_context(connection(plane.address)) for _ in range(2)]
+        await until(lambda: len(plane._handshakes) == 2)
+        async with kk.Worker([plane.address], tls=certs.worker()) as worker:
+            await asyncio.sleep(0.02)
+            assert len(plane._handshakes) == 2 and not worker.sessions
+            idle[0][1].close()
+            await worker.wait_connected()
 
 
 async def test_closing_while_handshakes_are_under_way(certs):
-    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
-        async with connection(plane.address), connection(plane.address) as (reader, _):
-            await until(lambda: len(plane._handshakes) == 2)
-            with socket.create_connection(plane.address.split(":")):  # perhaps not accepted yet
-                await plane.aclose()
-            with contextlib.suppress(ConnectionError):
-                assert await reader.read() == b""
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    async with plane, connection_to(plane), connection_to(plane) as (reader, _):
+        await until(lambda: len(plane._handshakes) == 2)
+        with socket.create_connection(plane.address.split(":")):  # perhaps not accepted yet
+            await plane.aclose()
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
 
 
 async def test_life(certs):
@@ -257,21 +262,20 @@ async def test_another_process_takes_over_after_silence(certs, monkeypatch, log)
 
 
 async def test_a_second_connection_of_the_same_process_replaces_the_first(certs, log):
-    async with target() as echo, tunnel(certs) as t:
-        async with t.plane.events() as events:
-            stream = await t.session.open_tcp("127.0.0.1", echo.port)
-            files = certs.worker()
-            async with kk.Worker([t.plane.address], tls=files, allow=[kk.tcp("127.0.0.1", "*")], once=True):
-                assert await anext(events) == kk.WorkerDisconnected("node-1", t.session)
-                connected = await anext(events)
-                assert isinstance(connected, kk.WorkerConnected) and connected.session is t.plane.get("node-1")
-                assert t.session.draining and not t.session.closed
-                async with stream:  # goes on
-                    await stream.send(b"on")
-                    assert await stream.receive() == b"on"
-                await t.session.wait_closed()
-                assert len(t.plane) == 1
-                await t.worker.aclose()
+    async with target() as echo, tunnel(certs) as t, t.plane.events() as events:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        files = certs.worker()
+        async with kk.Worker([t.plane.address], tls=files, allow=[kk.tcp("127.0.0.1", "*")], once=True):
+            assert await anext(events) == kk.WorkerDisconnected("node-1", t.session)
+            connected = await anext(events)
+            assert isinstance(connected, kk.WorkerConnected) and connected.session is t.plane.get("node-1")
+            assert t.session.draining and not t.session.closed
+            async with stream:  # goes on
+                await stream.send(b"on")
+                assert await stream.receive() == b"on"
+            await t.session.wait_closed()
+            assert len(t.plane) == 1
+            await t.worker.aclose()
     assert any("reconnected from 127.0.0.1:" in line and line.endswith("drains") for line in log())
 
 
@@ -429,7 +433,7 @@ async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):
             await plane.add_forward(f"{plane.address}=node-1/127.0.0.1:1")
         with pytest.raises(kk.ListenError):
             await plane.add_frontend(f"http://{plane.address}")
-        with pytest.raises(kk.ListenError, match="Not a directory|No such file"):
+        with pytest.raises(kk.ListenError, match=r"No such file"):
             await plane.add_frontend(f"http+unix://{tmp_path}/missing/x.sock")
         with pytest.raises(kk.CertificateError):
             await plane.add_frontend("https://127.0.0.1:0?cert=a&key=b&client-ca=c")

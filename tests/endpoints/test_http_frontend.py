@@ -175,6 +175,7 @@ async def test_a_client_that_ends_between_the_200_and_the_tunnel(certs, monkeypa
                 establishing = asyncio.ensure_future(super()._establish(stream))
                 await asyncio.sleep(0)  # the 200 is written
                 if target_ends:
+                    await until(lambda: echo.made)
                     echo.made[0].transport.write_eof()
                     await until(lambda: stream._inbox.eof)
                 self.transport.pause_reading()
@@ -184,8 +185,9 @@ async def test_a_client_that_ends_between_the_200_and_the_tunnel(certs, monkeypa
         monkeypatch.setattr("konnektor.frontends.clients.HttpConnect", InBetween)
         where = await t.plane.add_frontend("http://127.0.0.1:0")
         to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
-        async with connected(where, to, b"question") as (reader, _):
-            assert await reader.read() == (b"" if target_ends else b"question")
+        early = b"" if target_ends else b"question"
+        async with connected(where, to, early) as (reader, _):
+            assert await reader.read() == early
         await until(lambda: t.session.stream_count == 0)
 
 
@@ -255,6 +257,90 @@ async def test_a_client_that_resets(certs, frontend):
                 reset(writer.transport)
             await echo.made[0].lost
         await until(lambda: t.session.stream_count == 0)
+
+
+# One call at a time
+
+
+class FakeTransport:
+    """As TLS: no half-close, and a buffer."""
+
+    def __init__(self):
+        self.written = []
+        self.buffered = 0
+        self.closing = False
+
+    def get_extra_info(self, _name):
+        return None
+
+    def can_write_eof(self):
+        return False
+
+    def is_closing(self):
+        return self.closing
+
+    def get_write_buffer_size(self):
+        return self.buffered
+
+    def write(self, data):
+        self.written.append(data)
+
+    def close(self):
+        self.closing = True
+
+
+class FakeStream:
+    resets = 0
+
+    def reset(self):
+        self.resets += 1
+
+
+def fake_client():
+    protocol = HttpConnect(None, None)
+    protocol.connection_made(FakeTransport())
+    return protocol, protocol.transport
+
+
+async def test_an_error_for_a_client_that_is_gone():
+    protocol, transport = fake_client()
+    transport.close()
+    protocol._refuse(kk.DeniedError(), "x:1")
+    protocol.connection_lost(None)
+    protocol._refuse(kk.DeniedError(), "x:1")
+    assert transport.written == []
+
+
+async def test_the_tunnel_waits_until_the_200_is_out():
+    protocol, transport = fake_client()
+    stream = FakeStream()
+    transport.buffered = 1
+    establishing = asyncio.create_task(protocol._establish(stream))
+    await asyncio.sleep(0.005)
+    assert transport.written == [ESTABLISHED] and not establishing.done()
+    protocol.pause_writing()
+    protocol.resume_writing()
+    transport.close()  # and now it never will be
+    await establishing
+    assert stream.resets == 1
+    protocol.connection_lost(None)
+
+
+async def test_cancelled_between_the_200_and_the_tunnel(monkeypatch):
+    protocol, _ = fake_client()
+    stream = FakeStream()
+
+    async def opener(_request):
+        return stream
+
+    protocol._opener = opener
+    serving = asyncio.create_task(protocol._serve(SimpleNamespace(host="x", port=1)))
+    await asyncio.sleep(0)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert stream.resets == 1
+    protocol.connection_lost(None)
 
 
 # The order of the first bytes
@@ -371,6 +457,9 @@ async def test_the_unix_socket_is_ours_alone(certs, tmp_path):
 
 async def test_what_another_program_put_there_stays(certs, tmp_path):
     path = tmp_path / "c.sock"
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        await plane.add_frontend(f"http+unix://{path}")
+        path.unlink()
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
         await plane.add_frontend(f"http+unix://{path}")
         path.unlink()

@@ -212,7 +212,7 @@ async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
         await until(lambda: accepted)
     assert listener.accepts <= 5  # once a pause, and not once a turn of the loop
     assert [r.getMessage() for r in caplog.records] == [
-        f"cannot accept on {acceptor.name} for now: Too many open files"
+        f"cannot accept on {acceptor.name}: Too many open files"
     ]  # told once
     listener.errors = [no_more]
     with socket.create_connection(listener.getsockname()):

@@ -49,8 +49,13 @@ def test_files_that_went_bad_are_told_once(certs, files, tmp_path, log):
     issue_again(certs, files, tmp_path, name="somebody-else")
     assert context.get() is first
     lines = log()
-    assert all(line.startswith("keeping the certificate that was loaded before: ") for line in lines) and len(lines) == 3
-    assert "now names spiffe://konnektor.local/worker/somebody-else, not spiffe://konnektor.local/worker/renewed" in lines[2]
+    assert (
+        all(line.startswith("keeping the certificate that was loaded before: ") for line in lines) and len(lines) == 3
+    )
+    assert (
+        "now names spiffe://konnektor.local/worker/somebody-else, not spiffe://konnektor.local/worker/renewed"
+        in lines[2]
+    )
 
 
 async def test_a_session_after_a_renewal(certs, files, tmp_path):

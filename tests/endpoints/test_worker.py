@@ -7,6 +7,7 @@ import anyio
 import pytest
 
 import konnektor as kk
+import konnektor.targets
 import konnektor.worker
 from konnektor.endpoint import Endpoint
 from konnektor.worker import Backoff
@@ -28,11 +29,10 @@ async def test_streams_both_ways_need_permission(certs, log):
 
 
 async def test_nothing_is_allowed_by_default(certs):
-    async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
-        async with kk.Worker([plane.address], tls=certs.worker()):
-            session = await plane.wait_for("node-1")
-            with pytest.raises(kk.DeniedError):
-                await session.open_tcp("127.0.0.1", echo.port)
+    async with target() as echo, tunnel(certs) as t:
+        t.worker.allow.rules = kk.Worker(["h:1"], tls=certs.worker()).allow.rules
+        with pytest.raises(kk.DeniedError):
+            await t.session.open_tcp("127.0.0.1", echo.port)
 
 
 async def test_streams_of_the_worker_that_are_granted(certs):
@@ -79,6 +79,41 @@ async def test_what_targets_answer(certs, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(kk.LimitError):
             patch.setattr("konnektor.dial.socket.socket", no_socket)
             await t.session.open_tcp("127.0.0.1", 1)
+
+
+async def test_the_opener_gives_up_in_the_last_moment(certs, monkeypatch):
+    """The target is connected, and then the stream cannot be accepted any more: its socket is closed."""
+    honest = konnektor.targets.dial
+
+    async def dial(*args, **kwargs):
+        sock = await honest(*args, **kwargs)
+        mux_stream = next(iter(t.worker.sessions[0]._mux.streams.values()))
+        mux_stream.sink.on_cancel = None  # the cancellation comes too late
+        opening.cancel()
+        await until(lambda: mux_stream.sink.send_error is not None)
+        return sock
+
+    monkeypatch.setattr("konnektor.targets.dial", dial)
+    async with target() as echo, tunnel(certs) as t:
+        opening = asyncio.create_task(t.session.open_tcp("127.0.0.1", echo.port))
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        await until(lambda: echo.made)
+        await echo.made[0].lost
+        assert not t.worker._targets._open
+
+
+async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, log):
+    async def splice(_stream, sock, **_):
+        sock.close()
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("konnektor.targets.splice", splice)
+    async with target() as echo, tunnel(certs) as t:
+        with pytest.raises(kk.StreamError):
+            await t.session.open_tcp("127.0.0.1", echo.port)
+        assert not t.worker._targets._open
+        await until(lambda: echo.made)
 
 
 # Connecting
@@ -131,12 +166,10 @@ async def test_once_and_nobody_there(certs):
 
 
 async def test_once_and_the_control_plane_says_goodbye(certs):
-    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
-        async with kk.Worker([plane.address], tls=certs.worker(), once=True) as worker:
-            await worker.wait_connected()
-            await plane.drain(5)
-            await worker.wait_closed()
-            assert not worker.sessions and not worker.connected
+    async with tunnel(certs, once=True) as t:
+        await t.plane.drain(5)
+        await t.worker.wait_closed()
+        assert not t.worker.sessions and not t.worker.connected
 
 
 async def test_once_and_the_connection_breaks(certs):
@@ -162,7 +195,7 @@ async def test_reconnects(certs, log):
 async def test_keeps_trying_until_the_control_plane_is_there(certs, log):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(taken.getsockname()[1])
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         async with kk.Worker([address], tls=certs.worker()) as worker:
             await until(lambda: sum("ECONNREFUSED; trying again in" in line for line in log()) >= 2)
             taken.close()
@@ -245,7 +278,7 @@ async def test_sessions_that_drain_at_once_do_not_spin(certs, monkeypatch):
 async def test_a_long_session_is_forgiven(certs, monkeypatch):
     monkeypatch.setattr("konnektor.worker.CALM", -1)
     resets = []
-    monkeypatch.setattr(Backoff, "reset", lambda self: resets.append(self))
+    monkeypatch.setattr(Backoff, "reset", lambda self: resets.append(self))  # noqa: PLW0108 - bound
     async with tunnel(certs) as t:
         t.session.abort()
         await until(lambda: resets)
@@ -353,7 +386,7 @@ async def test_cancelled_aclose_drops_connections(certs, monkeypatch):
 
 async def test_aclose_while_dialing(certs):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        where = "127.0.0.1:{}".format(silent.getsockname()[1])
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
         async with kk.Worker([where], tls=certs.worker()) as worker:
             accepted, _ = await asyncio.get_running_loop().run_in_executor(None, silent.accept)
             assert not worker.sessions

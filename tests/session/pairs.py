@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.abc
 
-from konnektor import pki
+from konnektor import pki, testing
 from konnektor.session import Session
 from konnektor.stream_types import StreamType
-from konnektor.testing import memory_session_pair
 from konnektor.tls import TLSFiles
 
 
 BUFFER = 128 * 1024
+DEADLINE = 30.0
 
 
 class Hold(StreamType):
@@ -47,6 +47,14 @@ def tcp_socketpair():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         sock.setblocking(False)
     return a, b
+
+
+@asynccontextmanager
+async def memory_session_pair(**kwargs):
+    """As ``konnektor.testing`` makes it; a test that hangs in it fails, under uvloop too, where no signal helps."""
+    with anyio.fail_after(DEADLINE):
+        async with testing.memory_session_pair(**kwargs) as pair:
+            yield pair
 
 
 @asynccontextmanager

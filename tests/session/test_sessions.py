@@ -13,9 +13,15 @@ from konnektor import driver, errors
 from konnektor.errors import ConfigurationError, LocalProtocolError, StreamClosedError
 from konnektor.session import Handlers, Session
 from konnektor.stream_types import StreamType, Tcp
-from konnektor.testing import memory_session_pair
 from tests.session.check_stream import exactly, until_end
-from tests.session.pairs import Authority, Exchange, Hold, socket_session_pair, tcp_socketpair
+from tests.session.pairs import (
+    Authority,
+    Exchange,
+    Hold,
+    memory_session_pair,
+    socket_session_pair,
+    tcp_socketpair,
+)
 
 FAST = kk.Limits(hello_timeout=0.1)
 

@@ -19,9 +19,8 @@ from konnektor.errors import StreamClosedError
 from konnektor.socket_transport import SocketTransport
 from konnektor.splice import QUEUE_HIGH, Splice, splice
 from konnektor.stream_types import Tcp
-from konnektor.testing import memory_session_pair
 from tests.session.check_stream import exactly, until_end
-from tests.session.pairs import Authority, memory_stream_pair, tcp_socketpair
+from tests.session.pairs import Authority, memory_session_pair, memory_stream_pair, tcp_socketpair
 
 RST = struct.pack("ii", 1, 0)
 
@@ -97,15 +96,9 @@ async def test_both_ways(sockets):
 # Every order of ends
 
 
-class End:
-    """The two ends of a chain: socket, splice, stream, splice, socket."""
-
-    def __init__(self, near, far):
-        self.near, self.far = near, far
-
-
 @asynccontextmanager
 async def chain(sockets):
+    """Socket, splice, stream, splice, socket: the sockets at the ends."""
     async with memory_stream_pair() as (a, b):
         near, near_inner = sockets()
         far, far_inner = sockets()
@@ -136,7 +129,7 @@ STEPS = {
 @pytest.mark.parametrize("pause", [0.0, 0.01])
 async def test_every_order_of_ends(sockets, pause):
     for steps in itertools.chain(
-        itertools.permutations(STEPS, 1), itertools.permutations(STEPS, 2), itertools.permutations(STEPS, 3)
+        itertools.permutations(STEPS, 1), itertools.permutations(STEPS, 2)
     ):
         async with chain(sockets) as (near, far):
             await sendall(near, b"request")
@@ -208,24 +201,35 @@ async def test_the_end_of_the_session_reaches_the_socket():
 
 async def test_what_was_answered_before_a_reset_arrives():
     # The target has answered and closed; a late byte of the request makes it reset. The answer is whole.
-    answer = random.Random(8).randbytes(600_000)
+    answer = random.Random(8).randbytes(100_000)
     async with half(tcp_socketpair) as (a, outer, ended):
         await a.send(b"request")
         assert await recv(outer) == b"request"
-        sending = asyncio.create_task(sendall(outer, answer))
-        await anyio.sleep(0.05)
-        received = bytearray()
-        while not sending.done():
-            received += await a.receive(10_000)
+        await sendall(outer, answer)  # more than the stream's window: a part waits in the splice
         outer.close()
-        await anyio.sleep(0.02)
+        await anyio.sleep(0.05)
         await a.send(b"late")
+        await anyio.sleep(0.05)
+        await a.send(b"later")
         await ended.wait()
         with pytest.raises(kk.TargetResetError):
             for _ in range(1000):
                 await a.send(b"later")
                 await anyio.sleep(0.001)
-        assert bytes(received) + await until_end(a) == answer
+        assert await until_end(a) == answer
+
+
+async def test_a_reset_right_behind_data():
+    # One event for both: uvloop tells of a broken socket once.
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await a.send(b"x")
+        assert await recv(outer) == b"x"
+        await sendall(outer, b"data")
+        reset(outer)
+        await ended.wait()
+        with pytest.raises(kk.TargetResetError):
+            while True:
+                await a.receive()
 
 
 async def test_an_answer_arrives_though_the_request_is_not_read_to_its_end():
@@ -322,7 +326,7 @@ async def test_a_handler_splices_and_returns():
         pairs.append(outer)
         with pytest.raises(asyncio.CancelledError):
             await anyio.sleep_forever()
-        await splice(stream, inner)
+        await splice(stream, inner)  # and the socket is broken off
 
     limits = kk.Limits(initial_streams=8)
     async with memory_session_pair(server_limits=limits) as (client, server):
@@ -340,7 +344,8 @@ async def test_a_handler_splices_and_returns():
         await until(lambda: pairs)
         stream.reset()
         await until(lambda: server._mux.admission.retired == 21)
-        assert await recv(pairs[0]) == b""
+        with pytest.raises(ConnectionResetError):
+            await recv(pairs[0])
         pairs[0].close()
 
 

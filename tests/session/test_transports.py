@@ -13,10 +13,9 @@ from anyio.streams.tls import TLSStream
 
 import konnektor as kk
 from konnektor.stream_types import Tcp
-from konnektor.testing import memory_session_pair
 from konnektor.transport import HIGH_WATER, StreamTransport
 from tests.session.check_stream import check_two_way_stream, exactly, until_end
-from tests.session.pairs import Authority, Hold, memory_stream_pair
+from tests.session.pairs import Authority, Exchange, Hold, memory_session_pair, memory_stream_pair
 
 
 @pytest.fixture(scope="module")
@@ -661,9 +660,6 @@ async def test_a_session_inside_a_stream():
 
         @asynccontextmanager
         async def inner():
-            from tests.session.pairs import Exchange
-
-            exchange = Exchange(client, server)
             server.handlers.remove(Hold)
             exchange = Exchange(client, server)
             yield await exchange.pair()

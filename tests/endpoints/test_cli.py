@@ -1,0 +1,330 @@
+"""The command line in this process: each flag, each status, and one sentence for each mistake."""
+
+import logging
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import click
+import pytest
+
+from konnektor.cli.main import cli, main
+from konnektor.cli.options import Parsed, say_ready
+from konnektor.policy import parse_allow
+from tests.endpoints.parts import Certificates, Process, flags, unused_port
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command; gives its status, standard output and standard error. A ready endpoint is stopped."""
+    root = logging.getLogger()
+    before, limit = (root.handlers[:], root.level), resource.getrlimit(resource.RLIMIT_NOFILE)
+    honest = say_ready
+
+    def ready(what):
+        honest(what)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("konnektor.cli.worker.say_ready", ready)
+    monkeypatch.setattr("konnektor.cli.control_plane.say_ready", ready)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return (stop.value.code, *capsys.readouterr())
+
+    yield run
+    root.handlers[:] = before[0]
+    root.setLevel(before[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def sentence(result, status):
+    """The one line on standard error of a command that failed."""
+    code, out, err = result
+    assert (code, out) == (status, ""), err
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("konnektor"), err
+    return err.removesuffix("\n")
+
+
+# What works
+
+
+def test_control_plane(run, certs, tmp_path):
+    files = certs.plane
+    code, out, err = run(
+        "control-plane", "--listen", "127.0.0.1:0", *flags(files),
+        "--frontend", "http://127.0.0.1:0", "--frontend", f"http+unix://{tmp_path}/c.sock",
+        "--frontend", f"https://127.0.0.1:0?cert={files.cert}&key={files.key}&client-ca={files.ca}",
+        "--forward", "127.0.0.1:0=node-1/10.0.0.7:80", "--forward", "127.0.0.1:0=node-1/[::1]:80",
+        "--grant-route", "node-1=cidr=10.0.0.0/8", "--allow-from", "node-1=10.0.0.1:6443",
+        "--max-streams", 10_000, "--receive-pool", "1GiB", "--grace", "500ms", "--log-format", "json", "-v",
+    )  # fmt: skip
+    assert code == 0 and out.count("\n") == 1
+    word, *pairs = out.split()
+    assert word == "ready"
+    assert [pair.partition("=")[0] for pair in pairs] == ["tunnel", "http", "unix", "https", "forward", "forward"]
+    assert pairs[2] == f"unix={tmp_path}/c.sock"
+    assert pairs[4].endswith("->node-1/10.0.0.7:80") and pairs[5].endswith("->node-1/[::1]:80")
+    assert not any(pair.endswith(":0") for pair in pairs[:4])
+    assert '"message": "SIGTERM: draining for up to 0.5 s; once more aborts"' in err
+
+
+def test_worker(run, certs, tmp_path):
+    with Process(tmp_path / "log", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)) as plane:
+        (where,) = plane.ready()["tunnel"]
+        code, out, err = run(
+            "worker", "--connect", where, "--server-name", "cp", "--allow", "127.0.0.1:1-9", "--route", "default",
+            *flags(certs.worker()), "--grace", "2m",
+        )  # fmt: skip
+        assert (code, out) == (0, f"ready worker=node-1 connected={where}\n")
+        assert "ignored route default, which no --grant-route grants" in plane.log.read_text()
+    assert len(err.splitlines()) == 3  # connected, draining, disconnected
+
+
+def test_nothing_but_the_tunnel(run, certs):
+    code, out, _ = run("control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane))
+    assert code == 0 and out.startswith("ready tunnel=127.0.0.1:") and len(out.split()) == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("worker",), ("pki", "issue"), ("demo",), ("control-plane",)])
+def test_help(run, arguments):
+    code, out, _ = run(*arguments, "--help")
+    assert code == 0 and "Usage: konnektor" in out
+
+
+def test_every_flag_is_in_the_help_with_an_example():
+    for name in ("worker", "control-plane", "demo"):
+        for option in cli.commands[name].params:
+            assert "Example: " in option.help, option.name
+            assert option.opts[0] in option.help.partition("Example: ")[2] or "-vv" in option.help, option.name
+    assert "_KONNEKTOR_COMPLETE=bash_source" in cli.help and "zsh_source" in cli.help and "fish_source" in cli.help
+
+
+def test_no_command(run):
+    code, _, err = run()
+    assert code == 2 and "Usage: konnektor" in err
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith("konnektor, version ")
+
+
+# What does not: usage and configuration, status 2
+
+WORKER = ["worker", "--connect", "127.0.0.1:1", "--allow", "127.0.0.1:1", "--ca", "a", "--cert", "b", "--key", "c"]
+PLANE = ["control-plane", "--listen", "127.0.0.1:0", "--ca", "a", "--cert", "b", "--key", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["no-such-command"], "No such command 'no-such-command'."),
+        ([*WORKER, "--no-such-flag"], "No such option"),
+        ([*WORKER, "extra"], "unexpected extra argument (extra)"),
+        (["worker", "--connect", "h:1"], "Missing option '--allow'"),
+        (["worker", "--connect", "h"], "'--connect': address 'h' lacks a host or a port"),
+        (["worker", "--connect", "::1:8443"], "'--connect': address '::1:8443' has too many colons"),
+        (["worker", "--connect", "h:0"], "'--connect': port '0' is not a number from 1 to 65535"),
+        ([*WORKER, "--allow", "*:80"], "'--allow': host '*' says nothing"),
+        ([*WORKER, "--allow", "10.0.0.1/8:80"], "'--allow': network '10.0.0.1/8' has host bits set: write 10.0.0.0/8"),
+        ([*WORKER, "--allow", "h:9-8"], "'--allow': ports '9-8' run backwards"),
+        ([*WORKER, "--allow", "10.0.0.7"], "'--allow': rule '10.0.0.7' is not HOST:PORTS"),
+        ([*WORKER, "--route", "all"], "'--route': route 'all' is unknown"),
+        ([*WORKER, "--server-name", "a b"], "'--server-name': host 'a b' is neither"),
+        ([*WORKER, "--max-streams", "7"], "'--max-streams': 7 is not in the range"),
+        ([*WORKER, "--max-streams", "x"], "'--max-streams': 'x' is not a valid integer"),
+        ([*WORKER, "--receive-pool", "much"], "'--receive-pool': 'much' is not a size"),
+        ([*WORKER, "--receive-pool", "1MiB"], "--receive-pool 1MiB is too small for --max-streams 1024: give it 64MiB"),
+        ([*WORKER, "--grace", "soon"], "'--grace': 'soon' is not a duration: write for example 25s"),
+        ([*WORKER, "--log-format", "xml"], "'--log-format': 'xml' is not one of 'text', 'json'"),
+        (["control-plane"], "Missing option '--listen'"),
+        (["control-plane", "--listen", "h:x"], "'--listen': port 'x' is not a number from 0 to 65535"),
+        ([*PLANE, "--frontend", "http://0.0.0.0:1"], "'--frontend': frontend 'http://0.0.0.0:1' would serve anyone"),
+        ([*PLANE, "--frontend", "https://h:1"], "lacks cert, key, client-ca"),
+        ([*PLANE, "--forward", "h:1=w"], "'--forward': forward 'h:1=w' is incomplete: write LISTEN=WORKER/HOST:PORT"),
+        ([*PLANE, "--forward", "h:1=W/h:1"], "'--forward': name 'W' is not usable"),
+        ([*PLANE, "--grant-route", "default"], "'--grant-route': grant 'default' names no worker"),
+        ([*PLANE, "--allow-from", "h:1"], "'--allow-from': grant 'h:1' names no worker"),
+        (["demo", "--size", "0"], "'--size': nothing to move"),
+        (["pki", "init"], "Missing option '--dir'"),
+    ],
+)
+def test_usage(run, arguments, text):
+    assert text in sentence(run(*arguments), 2)
+
+
+# Certificates and keys, status 3
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Some files may be damaged here."""
+    return Certificates(tmp_path_factory.mktemp("own"))
+
+
+def with_file(files, **changed):
+    return flags(type(files)(**{**{name: getattr(files, name) for name in ("ca", "cert", "key")}, **changed}))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda own, _: with_file(own.worker("w"), key="nowhere"), "key file nowhere does not exist"),
+        (lambda own, _: with_file(own.worker("w"), ca=own.folder), "CA file .* is a directory"),
+        (lambda own, _: with_file(own.worker("w"), cert=own.worker("w").key), "holds no certificate in PEM form"),
+        (lambda own, _: with_file(own.worker("w"), key=own.worker("v").key), "does not belong to certificate file"),
+        (lambda own, _: flags(own.expired("worker", "late")), "certificate file .* expired on"),
+        (lambda own, other: with_file(own.worker("w"), ca=other.ca), "was not issued by a CA in"),
+        (lambda own, _: flags(own("client", "c")), r"is for a client \(c\), not for a worker"),
+        (lambda own, _: flags(own.plane), r"is for a control-plane \(cp\), not for a worker"),
+    ],
+)
+def test_certificates(run, own, foreign, make, text):
+    line = sentence(run("worker", "--connect", "127.0.0.1:1", "--allow", "127.0.0.1:1", *make(own, foreign)), 3)
+    assert line.startswith("konnektor: ")
+    assert re.search(text, line)
+
+
+def test_a_key_that_may_not_be_read(run, own, monkeypatch):
+    if os.geteuid() == 0:  # who may read everything: say it in its place
+        original = type(own.folder).open
+
+        def refuse(self, *args, **kwargs):
+            if self.suffix == ".key":
+                raise PermissionError(13, "Permission denied")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(own.folder), "open", refuse)
+    else:
+        own.worker("w").key.chmod(0)
+    text = sentence(run(*PLANE[:3], *flags(own.worker("w"))), 3)
+    assert "may not be read by this user" in text
+
+
+def test_a_worker_is_no_control_plane(run, certs):
+    assert "not for a control-plane" in sentence(run(*PLANE[:3], *flags(certs.worker())), 3)
+
+
+def test_the_files_of_an_https_frontend(run, certs):
+    url = "https://127.0.0.1:0?cert=x&key=y&client-ca=z"
+    assert "CA file z does not exist" in sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", url), 3)
+
+
+# Listening, status 4
+
+
+def test_a_port_in_use(run, certs):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        text = f"konnektor: cannot listen on {where}: the address is in use"
+        plane = flags(certs.plane)
+        assert sentence(run("control-plane", "--listen", where, *plane), 4).startswith(text)
+        assert sentence(run(*PLANE[:3], *plane, "--frontend", f"http://{where}"), 4).startswith(text)
+        assert sentence(run(*PLANE[:3], *plane, "--forward", f"{where}=w/h:1"), 4).startswith(text)
+
+
+def test_a_path_in_use(run, certs, tmp_path):
+    (tmp_path / "x").touch()
+    text = sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", f"http+unix://{tmp_path}/x"), 4)
+    assert text.endswith("something that is not a socket is there; remove it first")
+
+
+# The peer, status 5 with --once
+
+
+@contextmanager
+def server(answer):
+    """Somebody who accepts one connection, and answers something."""
+
+    def serve():
+        sock, _ = listener.accept()
+        with sock:
+            sock.settimeout(10)
+            sock.recv(4096)
+            sock.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def once(where, files):
+    return ["worker", "--connect", where, "--allow", "127.0.0.1:1", "--once", *flags(files)]
+
+
+def test_nobody_there(run, certs):
+    where = f"127.0.0.1:{unused_port()}"
+    assert sentence(run(*once(where, certs.worker())), 5).startswith(
+        f"konnektor: cannot reach the control plane at {where}: "
+    )
+
+
+def test_a_name_that_does_not_resolve(run, certs):
+    assert "no-such-host.invalid did not resolve" in sentence(run(*once("no-such-host.invalid:1", certs.worker())), 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "speaks something other than TLS"),
+        (b"\x16\x03\x01garbage" * 9, "speaks something other than TLS"),
+        (b"", "the connection before a session was up"),
+    ],
+)
+def test_a_peer_that_speaks_something_else(run, certs, answer, text):
+    with server(answer) as where:
+        line = sentence(run(*once(where, certs.worker())), 5)
+    assert line.startswith(f"konnektor: the control plane at {where} ") and text in line
+
+
+# Other ends
+
+
+def test_a_defect(run, monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda *_, **__: 1 / 0)
+    code, _, err = run()
+    assert code == 1 and err.endswith("konnektor: internal error: ZeroDivisionError\n")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, click.Abort])
+def test_interrupted_before_it_began(run, monkeypatch, stop):
+    def interrupted(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert run() == (130, "", "")
+
+
+def test_shell_completion():
+    result = subprocess.run(
+        [sys.executable, "-m", "konnektor"],
+        env={**os.environ, "_KONNEKTOR_COMPLETE": "bash_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "_KONNEKTOR_COMPLETE=bash_complete" in result.stdout
+
+
+def test_values_that_are_parsed_already_stay(certs):
+    parsed = Parsed("rule", parse_allow)
+    rule = parse_allow("10.0.0.1:1")
+    assert parsed.convert(rule, None, None) is rule
+
+
+def test_nobody_reads_the_ready_line():
+    code = "from konnektor.cli.options import say_ready; import sys; sys.stdin.read(); say_ready('x'); say_ready('y')"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait() == 0
