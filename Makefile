@@ -8,7 +8,7 @@ PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check clean curl
+.PHONY: help demo test check bench clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-6s", $$2); print }'
@@ -26,6 +26,9 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
+	@$(BIN)/python -m bench
 
 clean: ## remove .venv/ and everything built or cached
 	rm -rf .venv .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

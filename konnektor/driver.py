@@ -137,7 +137,10 @@ class Driver(asyncio.BufferedProtocol):
         self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
         self._paused = False
         self._flush()
-        if self.mux.hello_received and transport.can_write_eof() and not transport.is_closing():
+        if transport.is_closing():
+            # Not again: after a second close() asyncio's TLS transports ignore abort().
+            return
+        if self.mux.hello_received and transport.can_write_eof():
             with contextlib.suppress(OSError):
                 transport.write_eof()
         else:

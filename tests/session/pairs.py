@@ -12,7 +12,6 @@ from konnektor.session import Session
 from konnektor.stream_types import StreamType
 from konnektor.tls import TLSFiles
 
-
 BUFFER = 128 * 1024
 DEADLINE = 30.0
 

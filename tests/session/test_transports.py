@@ -351,7 +351,9 @@ async def test_close_after_the_peer_closed_is_no_error():
         assert protocol.error is None
 
 
-@pytest.mark.parametrize("event", ["connection_made", "data_received", "eof_received", "pause_writing", "resume_writing"])
+@pytest.mark.parametrize(
+    "event", ["connection_made", "data_received", "eof_received", "pause_writing", "resume_writing"]
+)
 @pytest.mark.parametrize("error", [KeyError("defect"), asyncio.CancelledError()])
 async def test_a_protocols_mistake_is_not_the_sessions(event, error):
     class Mistaken(Recorder):
@@ -620,9 +622,7 @@ async def start_tls(transports, protocols, authority):
     loop = asyncio.get_running_loop()
     waiters = [loop.create_future(), loop.create_future()]
     layers = [
-        asyncio.sslproto.SSLProtocol(
-            loop, protocol, context, waiter, side, name, call_connection_made=False
-        )
+        asyncio.sslproto.SSLProtocol(loop, protocol, context, waiter, side, name, call_connection_made=False)
         for protocol, context, waiter, side, name in zip(
             protocols, (authority.client, authority.server), waiters, (False, True), ("cp", None), strict=True
         )
@@ -643,7 +643,7 @@ async def test_a_failed_handshake_inside_a_stream_ends_the_stream_only(authority
         transport.set_protocol(layer)
         layer.connection_made(transport)
         await b.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        with pytest.raises(OSError, match="(?i)ssl"):
+        with pytest.raises(OSError, match=r"(?i)ssl"):
             await waiter
         with pytest.raises(kk.PeerError):
             await until_end(b)
