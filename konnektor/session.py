@@ -205,17 +205,25 @@ class Session:
             HandshakeError: no session came of it.
         """
         self = cls("client", **kwargs)
-        await self._start(sock, tls, server_name)
+        await self.connect(sock, tls, server_name)
+        await self.wait_established()
         return self
 
     @classmethod
     async def server(cls, sock: socket.socket, *, tls: ssl.SSLContext | None = None, **kwargs: Any) -> Self:
         """As ``client``, as the side that accepted."""
         self = cls("server", **kwargs)
-        await self._start(sock, tls, None)
+        await self.connect(sock, tls)
+        await self.wait_established()
         return self
 
-    async def _start(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
+    async def connect(
+        self, sock: socket.socket, tls: ssl.SSLContext | None = None, server_name: str | None = None
+    ) -> None:
+        """Gives a session that was made without one its connection; arguments and errors as ``client``.
+
+        Does not wait for the peer's HELLO. Cancelled, it drops the connection.
+        """
         tls_args: dict[str, Any] = {}
         if tls is not None:
             tls_args = {
@@ -233,11 +241,12 @@ class Session:
                 await self.loop.connect_accepted_socket(self.protocol, sock, **tls_args)
         except BaseException as error:
             self.abort()
+            # uvloop closes what it was still connecting without a word to its protocol.
+            self._driver.connection_lost(None)
             sock.close()
             if isinstance(error, OSError):
                 raise HandshakeError(str(error)) from error
             raise
-        await self.wait_established()
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""

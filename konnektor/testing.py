@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -35,10 +34,9 @@ async def memory_session_pair(
     client = Session("client", handlers=client_handlers, limits=client_limits)
     server = Session("server", handlers=server_handlers, limits=server_limits)
     ours, theirs = socket.socketpair()
-    loop = asyncio.get_running_loop()
     try:
-        await loop.create_connection(client.protocol, sock=ours)
-        await loop.create_connection(server.protocol, sock=theirs)
+        await client.connect(ours)
+        await server.connect(theirs)
         await client.wait_established()
         await server.wait_established()
         yield client, server
@@ -48,5 +46,4 @@ async def memory_session_pair(
         with anyio.CancelScope(shield=True):
             await client.wait_closed()
             await server.wait_closed()
-        ours.close()
-        theirs.close()
+        theirs.close()  # where it came to no connection

@@ -1,6 +1,7 @@
 """Splices of streams and sockets: every end in every order, backpressure, and many at once."""
 
 import asyncio
+import contextlib
 import errno
 import gc
 import itertools
