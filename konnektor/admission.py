@@ -98,11 +98,19 @@ class Admission:
         self.next_peer_id += 2
         self.taken += 1
 
-    def retire(self) -> bool:
-        """A stream of the peer is gone. True if a STREAMS is worth sending: an eighth came back, or few are left."""
+    def retire(self) -> None:
+        """A stream of the peer is gone."""
         self.retired += 1
+
+    @property
+    def grant_due(self) -> bool:
+        """Whether a STREAMS is worth sending: an eighth came back, or something did and few are left.
+
+        To be asked when a stream is gone, and when one came: the last few may all be wanted at once.
+        """
         slots = self._slots
-        return slots + self.retired - self.granted >= slots >> 3 or self.granted - self.taken < slots >> 2
+        back = slots + self.retired - self.granted
+        return back >= max(1, slots >> 3) or (back > 0 and self.granted - self.taken < slots >> 2)
 
     def grant(self) -> int:
         """The number for a STREAMS that is sent now."""

@@ -214,6 +214,7 @@ class Inbound:
     def _open(self, frame: Open, now: float) -> None:
         mux = self._mux
         mux.admission.take(frame.stream)
+        mux.grant_opens()
         stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, Receiving.OPEN, Sending.UNDECIDED)
         stream.id = frame.stream
         stream.send_window.limit = mux.peer.initial_window

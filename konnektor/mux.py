@@ -549,7 +549,13 @@ class Mux:
             self.pool.release()
             if self.opens:
                 self.wake()
-        elif self.admission.retire():
+        else:
+            self.admission.retire()
+            self.grant_opens()
+
+    def grant_opens(self) -> None:
+        """Lets the peer open more, if it is worth saying."""
+        if self.admission.grant_due:
             self.outbound.streams_due = True
             self.wake()
 

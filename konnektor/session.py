@@ -240,8 +240,9 @@ class Session:
             else:
                 await self.loop.connect_accepted_socket(self.protocol, sock, **tls_args)
         except BaseException as error:
-            self.abort()
-            # uvloop closes what it was still connecting without a word to its protocol.
+            with contextlib.suppress(RuntimeError):
+                self.abort()
+            # uvloop has closed what it was still connecting, and says so to nobody.
             self._driver.connection_lost(None)
             sock.close()
             if isinstance(error, OSError):

@@ -39,7 +39,8 @@ def test_take_in_order_and_as_many_as_granted():
         server.take(stream_id)
     with pytest.raises(ProtocolError, match="number 9"):
         server.take(17)
-    assert server.retire()
+    server.retire()
+    assert server.grant_due
     assert server.grant() == 9
     server.take(17)
     server.assert_invariants()
@@ -49,11 +50,16 @@ def test_streams_is_due_at_an_eighth_or_when_few_are_left():
     server = Admission("server", 80)
     for stream_id in range(1, 81, 2):
         server.take(stream_id)
-    assert [server.retire() for _ in range(10)] == [False] * 9 + [True]
+    due = []
+    for _ in range(10):
+        server.retire()
+        due.append(server.grant_due)
+    assert due == [False] * 9 + [True]
     scarce = Admission("server", 80)
     for stream_id in range(1, 141, 2):
         scarce.take(stream_id)
-    assert scarce.retire()
+    scarce.retire()
+    assert scarce.grant_due
 
 
 def test_allow():

@@ -294,3 +294,15 @@ def test_bulk_pauses_for_a_ping_that_measures_the_path():
     mux.flight.on_ack(mux.flight.sent, pair.now)
     kinds = [type(frame) for frame, _ in scan(mux.data_to_send(pair.now))]
     assert kinds == [Ping, Data]
+
+
+def test_the_last_streams_may_all_be_wanted_after_one_was_gone():
+    pair = Pair(Limits(initial_streams=100))
+    ours, theirs = pair.open()
+    ours.cancel()
+    theirs.release()
+    pair.pump()
+    for _ in range(100):
+        pair.client.open()
+    pair.pump()
+    assert len(pair.server.mux.streams) == 100
