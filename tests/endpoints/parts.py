@@ -20,6 +20,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 import konnektor as kk
 from konnektor import pki
 
+PATIENCE = 30.0
+"""Seconds until a test that waits for what never comes has failed."""
+
 
 class Certificates:
     """A CA, and whoever is asked for."""
@@ -61,9 +64,10 @@ class Certificates:
 
 
 async def until(predicate):
-    """For what announces itself nowhere; the test's own timeout bounds it."""
-    while not predicate():
-        await asyncio.sleep(0.005)
+    """For what announces itself nowhere; fails if it never comes."""
+    async with asyncio.timeout(PATIENCE):
+        while not predicate():
+            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

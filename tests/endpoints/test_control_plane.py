@@ -20,6 +20,7 @@ from tests.endpoints.parts import (
     Resetting,
     black_hole,
     connection,
+    reset,
     target,
     tunnel,
     until,
@@ -422,9 +423,10 @@ async def test_a_client_that_resets(certs):
         async with connection(where) as (reader, writer):
             writer.write(b"x")
             await reader.readexactly(1)
-            writer.transport.abort()
-        await echo.made[0].lost
+            reset(writer.transport)
+        assert isinstance(await echo.made[0].lost, ConnectionResetError)
         await until(lambda: t.session.stream_count == 0)
+        assert not t.worker._targets._open
 
 
 async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):

@@ -155,7 +155,10 @@ def test_a_stale_socket_that_goes_by_itself(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("konnektor.listening.socket.socket", Racing)
-        bind_unix(path).close()
+        listener = bind_unix(path)
+    with listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        assert client.getpeername() == path
 
 
 def test_a_live_server_with_a_full_backlog_is_live(tmp_path):

@@ -159,14 +159,24 @@ def test_run(monkeypatch, limits_as_they_were, with_uvloop):
 
 
 def test_what_the_system_does_not_allow_is_done_without(monkeypatch):
-    def refuse(*_):
+    asked = []
+
+    def refuse(_, limits):
+        asked.append(limits)
         raise ValueError("not allowed to raise maximum limit")
 
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    runtime.raise_descriptor_limit()
 
-    def missing(_):
+    def missing(library):
+        asked.append(library)
         raise OSError("no such library")
 
     monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
-    runtime.keep_freed_memory()
+
+    async def main():
+        return "ran all the same"
+
+    assert run(main()) == "ran all the same"
+    assert asked == [(before[1], before[1]), "libc.so.6"]
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == before

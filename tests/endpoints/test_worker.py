@@ -1,6 +1,7 @@
 """The worker: connecting, reconnecting, several control planes, and how it ends."""
 
 import asyncio
+import math
 import socket
 
 import anyio
@@ -9,6 +10,7 @@ import pytest
 import konnektor as kk
 import konnektor.targets
 import konnektor.worker
+from konnektor.driver import Driver
 from konnektor.endpoint import Endpoint
 from konnektor.worker import Backoff
 from tests.endpoints.parts import target, tunnel, until, unused_port
@@ -155,6 +157,9 @@ async def test_never_started(certs):
     worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
     await worker.aclose()
     await worker.wait_closed()
+    assert not worker.sessions and not worker.connected
+    with pytest.raises(kk.ConfigurationError, match="started before"):
+        await worker.start()
 
 
 async def test_once_and_nobody_there(certs):
@@ -275,13 +280,15 @@ async def test_sessions_that_drain_at_once_do_not_spin(certs, monkeypatch):
         assert len(delays) >= 3
 
 
-async def test_a_long_session_is_forgiven(certs, monkeypatch):
-    monkeypatch.setattr("konnektor.worker.CALM", -1)
+@pytest.mark.parametrize(("calm", "forgiven"), [(-1, 1), (math.inf, 0)])
+async def test_a_long_session_is_forgiven(certs, monkeypatch, calm, forgiven):
+    monkeypatch.setattr("konnektor.worker.CALM", calm)
     resets = []
     monkeypatch.setattr(Backoff, "reset", lambda self: resets.append(self))  # noqa: PLW0108 - bound
     async with tunnel(certs) as t:
         t.session.abort()
-        await until(lambda: resets)
+        await until(lambda: t.plane.get("node-1") not in (None, t.session))
+        assert len(resets) == forgiven
 
 
 # The end
@@ -375,13 +382,19 @@ async def test_drain_when_the_control_plane_is_gone_meanwhile(certs):
 
 async def test_cancelled_aclose_drops_connections(certs, monkeypatch):
     async with tunnel(certs) as t:
+        (session,) = t.worker.sessions
         with monkeypatch.context() as patch:
-            patch.setattr(t.worker._targets, "wait_closed", asyncio.Event().wait)
+            patch.setattr(Driver, "close", lambda _: None)  # as with a peer that never says goodbye
             closing = asyncio.create_task(t.worker.aclose())
-            await until(lambda: not t.worker._tasks)
+            await until(lambda: session.closed and t.session.closed)
+            assert not closing.done() and session._driver.transport is not None
             closing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await closing
+            try:
+                await until(lambda: session._driver.transport is None)
+            finally:
+                session.abort()
 
 
 async def test_aclose_while_dialing(certs):

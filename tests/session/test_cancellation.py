@@ -152,11 +152,19 @@ async def test_connecting_cancelled_at_every_await(role, tls, authority):
 
 
 async def test_a_memory_pair_cancelled_at_every_await():
+    made = []
+    in_use = 0
+
     async def use():
-        async with testing.memory_session_pair() as (client, _server):
-            await client.ping()
+        nonlocal in_use
+        async with testing.memory_session_pair() as pair:
+            made.extend(pair)
+            await pair[0].ping()
+            in_use += 1
 
     await at_every_step(lambda steps: cancelled_after(steps, use()))
+    assert 0 < in_use < len(made) / 2, "cancelled in its use, and after it"
+    assert all(session.closed and session._driver.transport is None for session in made)
 
 
 @pytest.mark.parametrize("end", ["aclose", "drain"])
@@ -172,6 +180,9 @@ async def test_ending_cancelled_at_every_await(end):
             await cancelled_after(steps, client.aclose() if end == "aclose" else client.drain(0.05))
             await client.wait_closed()
             await server.wait_closed()
+            for session in (client, server):
+                assert session.error.code == (kk.Code.NO_ERROR if end == "aclose" else kk.Code.SHUTDOWN)
+                assert not session.stream_count and not session._tasks and session._driver.transport is None
 
 
 @pytest.mark.parametrize("cut", [Session.abort, Session.close, lambda session: session.start_drain(0)])

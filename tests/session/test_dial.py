@@ -145,9 +145,11 @@ async def test_a_dialed_socket_is_ready_for_use(host: str) -> None:
 
 
 async def test_options_that_a_platform_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = socket.TCP_KEEPIDLE
     monkeypatch.delattr(socket, "TCP_KEEPIDLE")
-    with listening() as port, await dial("127.0.0.1", port):
-        pass
+    with listening() as port, await dial("127.0.0.1", port) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, idle) != 30
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
 
 
 async def test_an_address_asks_no_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +356,8 @@ async def test_a_connection_may_be_there_at_once(monkeypatch: pytest.MonkeyPatch
 
     with listening() as port:
         monkeypatch.setattr(socket.socket, "connect", connect)
-        (await dial("127.0.0.1", port)).close()
+        with await dial("127.0.0.1", port) as sock:
+            assert sock.getpeername() == ("127.0.0.1", port)
 
 
 async def test_no_free_local_port_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,15 +385,31 @@ async def test_a_socket_reset_at_once_is_left_to_its_reader(monkeypatch: pytest.
         pass  # never connected: there is no peer's name
 
     monkeypatch.setattr(dial_module, "_connect", connect)
-    (await dial("127.0.0.1", 9)).close()
+    with await dial("127.0.0.1", 9) as sock, pytest.raises(OSError):
+        sock.getpeername()
 
 
 @pytest.mark.parametrize("turns", range(12))
 @pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1", "127.0.0.2")])
 async def test_cancelling_at_any_turn_leaves_nothing(
-    turns: int, hosts: tuple[str, ...], resolve: Callable[..., None]
+    turns: int, hosts: tuple[str, ...], resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolve(*hosts)
+    made = []
+
+    class Noted(socket.socket):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    class Module:
+        socket = Noted
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(socket, name)
+
+    monkeypatch.setattr(dial_module, "socket", Module())
+    tasks = asyncio.all_tasks()
     with listening("127.0.0.1") as port:
         dialing = asyncio.ensure_future(dial("db.example", port, within=60))
         await sleepless(turns)
@@ -399,6 +418,8 @@ async def test_cancelling_at_any_turn_leaves_nothing(
                 await dialing
         else:
             dialing.result().close()
+    assert asyncio.all_tasks() == tasks
+    assert [sock.fileno() for sock in made] == [-1] * len(made)
 
 
 @pytest.mark.parametrize("hosts", [("127.0.0.1",), ("::1", "127.0.0.1", "127.0.0.2")])
@@ -414,6 +435,7 @@ async def test_cancelling_a_silent_dial_leaves_nothing(
         dialing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dialing
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_cancelling_as_the_winner_comes_in_closes_it(

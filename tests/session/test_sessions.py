@@ -442,7 +442,11 @@ async def test_a_stream_taken_by_a_listener_just_as_its_opener_gave_up():
         stream.reset()
         await until(lambda: at_rest(client))
         queue, listener._get = listener._get, _One(taken)
-        await listener.serve(None)
+        served = []
+        await listener.serve(served.append)
+        assert not served
+        await until(lambda: at_rest(server))
+        assert server._mux.admission.retired == 1
         await listener.aclose()
         queue.close()
 

@@ -606,13 +606,14 @@ def test_encrypted_key(ca, worker, tmp_path):
         refused(TLSFiles(ca.ca, worker.cert, locked), "is encrypted, and nobody is there .* openssl pkey -in FILE")
 
 
-def test_keys_as_openssl_writes_them(ca, worker, tmp_path):
+async def test_keys_as_openssl_writes_them(ca, plane, worker, tmp_path):
     key = load_pem_private_key(worker.key.read_bytes(), None)
     classic = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
     parameters = b"-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"
     both = tmp_path / "both.pem"
     both.write_bytes(worker.cert.read_bytes() + parameters + classic)
-    TLSFiles(str(ca.ca), str(both), str(both)).client_context()
+    met = await meet(plane.server_context(), TLSFiles(str(ca.ca), str(both), str(both)).client_context())
+    assert peer_identity(met.server, Role.WORKER, trust_domain=DOMAIN).name == "node-1"
 
 
 def test_own_dates(ca):

@@ -91,6 +91,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_case(case):
+    assert CASES[case], "shown by nothing"
     for shown in CASES[case]:
         if isinstance(shown, str):
             name, vector = VECTORS[shown]

@@ -148,7 +148,13 @@ def test_garbage_raises_nothing_but_bad_request(garbage: bytes, tail: bytes, cut
 
 @given(st.text(alphabet="CONET GET a.:1[]/ \r\n\tHTP/10:", max_size=60))
 def test_near_misses_raise_nothing_but_bad_request(text: str) -> None:
-    outcome([text.encode()])
+    data = text.encode()
+    result = outcome([data])
+    assert outcome([bytes([b]) for b in data]) == result
+    if isinstance(result, ConnectRequest):
+        assert data.startswith(b"CONNECT ") and result.host and 0 < result.port < 65_536
+    else:
+        assert result in (None, 400, 405, 505)
 
 
 @pytest.mark.parametrize("size", [MAX_HEAD - 1, MAX_HEAD, MAX_HEAD + 1])

@@ -306,6 +306,25 @@ def test_two_phases():
         pair.server.open()
 
 
+def test_an_open_above_the_last_id_is_settled_by_its_refusal():
+    pair = Pair()
+    crossing = pair.server.open()
+    crossing.write(b"early")
+    pair.server.flush()  # and is so long on its way that the second GOAWAY does not wait for it
+    pair.client.mux.drain(60, pair.now)
+    pair.client.flush()
+    pair.sleep(5.1, pump=False)
+    assert [(f.last_id, f.code) for f in frames_of(pair.client)] == [(2**32 - 1, Code.SHUTDOWN), (0, Code.SHUTDOWN)]
+    pair.client.deliver()
+    assert pair.server.mux.draining and not crossing.sink.events
+    pair.pump()
+    assert not pair.client.opened
+    assert crossing.sink.events == [("failed", "LimitError", True, True), ("closed",)]
+    assert crossing.sink.error.refused and crossing.sink.error.retryable
+    pair.sleep(0.2)
+    assert pair.client.error.code == pair.server.error.code == Code.SHUTDOWN
+
+
 def test_drain_waits_for_streams():
     pair = Pair()
     ours, theirs = pair.open()

@@ -507,7 +507,11 @@ def test_opens_that_cannot_be(name, kwargs):
 
 def test_largest_open():
     pair = Pair()
-    pair.open(name="n" * 255, header=b"h" * (8192 - 2 - 255 - 4 - 8))
+    header = b"h" * (8192 - 2 - 255 - 4 - 8)  # the fixed fields, the name, the header's TLV, and DEADLINE
+    _, theirs = pair.open(name="n" * 255, header=header)
+    assert (theirs.name, theirs.header) == ("n" * 255, header)
+    with pytest.raises(LocalProtocolError):
+        pair.client.open("n" * 255, header + b"h")
 
 
 def test_priority_goes_to_the_peer_and_stays_within_bounds():

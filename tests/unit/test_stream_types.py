@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError
 from konnektor.stream_types import StreamType, Tcp
+from tests.pair import Pair
 
 
 class Exec(StreamType):
@@ -51,6 +52,9 @@ def test_names_that_cannot_travel(name):
         bad.check()
 
 
-def test_names_that_can():
-    Exec.check()
-    Tcp.check()
+@pytest.mark.parametrize("name", ["tcp", "0", "a-b.c_d", "exec@acme.example", "x" * 63, "x" * 63 + "@" + "a" * 191])
+def test_names_that_can(name):
+    good = type("Good", (StreamType,), {"name": name})
+    good.check()
+    mux_stream, _ = Pair().open(name=good.name)
+    assert mux_stream.id == 1, "its OPEN went out"
