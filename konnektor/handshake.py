@@ -189,8 +189,11 @@ def explain(exc: BaseException | None, peer: str) -> str:
                 f"{peer} closed the connection before a session was up and gave no reason; "
                 "it may have refused our certificate, and its log says why"
             )
-        case SessionError() if type(exc) is SessionError:  # the connection ended without a word
+        case SessionError(code=Code.INTERNAL) if type(exc) is SessionError:  # the connection ended without a word
             return explain(None, peer)
+        case SessionError(code=Code.NO_ERROR):
+            why = exc.reason or "it gave no reason, and its log may have one"
+            return f"{peer} closed the session at its very beginning: {why}"
         case SessionError(code=Code.IDENTITY):
             return f"{peer} refused us: {exc}"
         case SessionError():

@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 import anyio
 import anyio.abc
 
+from konnektor.addresses import format_hostport
 from konnektor.driver import Driver, clock
 from konnektor.errors import (
     Code,
@@ -31,6 +32,7 @@ from konnektor.errors import (
     StreamError,
     describe,
 )
+from konnektor.handshake import explain
 from konnektor.limits import Limits
 from konnektor.mux import Mux, MuxStream, Role, Sink
 from konnektor.settings import Settings
@@ -180,6 +182,12 @@ class Session:
         state = "closed" if self._mux.error else "draining" if self._mux.draining else "up"
         return f"<Session {self.number} with {self.peer_name or self.remote_address} {state}>"
 
+    def _peer(self) -> str:
+        """The peer, as a sentence calls it."""
+        address = self.remote_address
+        where = f" at {format_hostport(*address[:2])}" if isinstance(address, tuple) else ""
+        return f"{self.peer_name or 'the peer'}{where}"
+
     # Making one
 
     @classmethod
@@ -264,9 +272,12 @@ class Session:
         except asyncio.CancelledError:
             self.abort()
             raise
-        if self._mux.error is not None:
-            cause = self._lost_reason or self._mux.error
-            raise HandshakeError(str(self._mux.error)) from cause
+        error = self._mux.error
+        if error is not None:
+            cause = self._lost_reason or error
+            # "No error" is no sentence: the peer's HELLO and its goodbye may come in one reading.
+            text = explain(cause, self._peer()) if error.code == Code.NO_ERROR else str(error)
+            raise HandshakeError(text) from cause
 
     async def __aenter__(self) -> Self:
         return self
@@ -420,6 +431,8 @@ class Session:
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         """Ends the session now, without waiting: every stream breaks with SessionLost, CLOSE says why."""
+        if code == Code.NO_ERROR and not self._hello.done():
+            self._lost_reason = SessionClosedError("this side closed the session before it was up")
         self._mux.close(code, reason)
 
     def abort(self) -> None:
@@ -465,7 +478,8 @@ class Session:
         self._mux.start()
 
     def _connection_lost(self, exc: Exception | None) -> None:
-        self._lost_reason = self._lost_reason or exc
+        if self._mux.error is None:  # else CLOSE said why; how the connection went after it is no matter
+            self._lost_reason = exc
         try:
             established = self.peer_settings is not None
             self._mux.connection_lost(

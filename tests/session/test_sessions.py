@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 
@@ -11,8 +12,10 @@ import pytest
 import konnektor as kk
 from konnektor import driver, errors
 from konnektor.errors import ConfigurationError, LocalProtocolError, StreamClosedError
+from konnektor.frames import Close
 from konnektor.session import Handlers, Session
 from konnektor.stream_types import StreamType, Tcp
+from tests.pair import Pair
 from tests.session.check_stream import exactly, until_end
 from tests.session.pairs import (
     Authority,
@@ -710,6 +713,38 @@ async def test_peers_that_are_none(role, short_close):
     assert "before its HELLO" in str(gone)
     trickle = await handshake_with([b"\x40", b""], role)
     assert "before its HELLO" in str(trickle)
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+@pytest.mark.parametrize(("reason", "why"), [("", "it gave no reason, and its log may have one"), ("later", "later")])
+@pytest.mark.parametrize("hello", [True, False])
+async def test_a_hello_and_a_goodbye_in_one_reading(role, reason, why, hello, short_close):
+    pair = Pair(hello=False)
+    pair.client.flush()
+    said = bytes(pair.client.wire)
+    if role == "client":
+        pair.client.deliver()
+        pair.server.flush()
+        said = bytes(pair.server.wire)
+    goodbye = Close(kk.Code.NO_ERROR, reason).encode()
+    refusal = await handshake_with([said + goodbye if hello else goodbye], role)
+    assert re.fullmatch(
+        rf"the peer at 127\.0\.0\.1:\d+ closed the session at its very beginning: {why}", str(refusal)
+    )
+    assert isinstance(refusal.__cause__, kk.SessionError) and refusal.__cause__.code == kk.Code.NO_ERROR
+
+
+async def test_a_session_closed_by_this_side_before_it_was_up(short_close):
+    a, b = tcp_socketpair()
+    session = Session("client")
+    await session.connect(a)
+    waiting = asyncio.create_task(session.wait_established())
+    await anyio.sleep(0)
+    session.close()
+    with pytest.raises(kk.HandshakeError, match="^this side closed the session before it was up$"):
+        await waiting
+    b.close()
+    await session.wait_closed()
 
 
 async def test_tls_peers_that_are_none(authority, short_close):

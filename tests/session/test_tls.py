@@ -22,7 +22,14 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from konnektor import pki
-from konnektor.errors import CertificateError, ConfigurationError, HandshakeError
+from konnektor.errors import (
+    CertificateError,
+    Code,
+    ConfigurationError,
+    HandshakeError,
+    SessionError,
+    session_error,
+)
 from konnektor.handshake import explain, with_alerts
 from konnektor.tls import (
     Identity,
@@ -529,6 +536,10 @@ async def test_a_peer_that_never_answers(worker):
         (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), "CP closed the connection before"),
         (ssl.SSLError(1, "odd"), "TLS with CP failed: "),
         (HandshakeError("said already"), "said already"),
+        (session_error(Code.NO_ERROR), "CP closed the session at its very beginning: it gave no reason"),
+        (session_error(Code.NO_ERROR, "full"), "CP closed the session at its very beginning: full"),
+        (session_error(31, "odd"), "no session with CP: odd"),
+        (SessionError("connection lost", Code.INTERNAL), "CP closed the connection before a session was up"),
         (ValueError("odd\nthing"), "no session with CP: ValueError: odd"),
         (ssl.SSLCertVerificationError(1, "odd"), "the certificate of CP is refused"),
     ],
