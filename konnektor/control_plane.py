@@ -266,7 +266,7 @@ class ControlPlane(Endpoint):
 
         Args:
             frontend: ``http://HOST:PORT`` on a loopback address, ``http+unix:///PATH``, or
-                ``https://HOST:PORT?cert=F&key=F&client-ca=F``.
+                ``https://HOST:PORT?cert=F&key=F&client-ca=F``, whose files are looked at again for every connection.
 
         Raises:
             ConfigurationError: it is not one.

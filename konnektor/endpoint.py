@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Self, TypeVar
 from anyio.lowlevel import checkpoint
 
 from konnektor.changes import Changes
-from konnektor.errors import Code, ConfigurationError
+from konnektor.errors import CertificateError, Code, ConfigurationError
 from konnektor.limits import Limits
 from konnektor.policy import AllowList
 from konnektor.reloading import ReloadingContext
@@ -60,8 +60,15 @@ class Endpoint(ABC):
         limits: Limits | None,
     ) -> None:
         self.limits = limits or Limits()
-        self._context = ReloadingContext(tls, build)
-        self.identity: Identity = self._context.identity
+        self.identity: Identity = tls.identity()
+
+        def build_as_before() -> ssl.SSLContext:
+            identity = tls.identity()
+            if identity != self.identity:
+                raise CertificateError(f"the certificate now names {identity}, not {self.identity}")
+            return build()
+
+        self._context = ReloadingContext(build_as_before, tls.cert, tls.key, tls.ca, owner=self.identity.name)
         self._targets = Targets(allowed)
         self.handlers = Handlers()
         self.handlers.add(Tcp, self._targets.serve)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 from konnektor.errors import CertificateError
-from konnektor.tls import Identity, TLSFiles
 
 __all__ = ["ReloadingContext"]
 
@@ -19,23 +19,24 @@ class ReloadingContext:
     """A TLS context that follows its files.
 
     Args:
+        build: makes the context from the files; raises a CertificateError if they cannot be used.
         files: certificate, key and CA.
-        build: makes the context from them.
+        owner: whose certificate it is, for the log.
 
     Raises:
         CertificateError: the files cannot be used to begin with.
     """
 
-    def __init__(self, files: TLSFiles, build: Callable[[], ssl.SSLContext]) -> None:
-        self._files = files
+    def __init__(self, build: Callable[[], ssl.SSLContext], *files: str | os.PathLike[str], owner: str) -> None:
         self._build = build
+        self._files = files
+        self._owner = owner
         self._stamp = self._look()
-        self.identity: Identity = files.identity()
         self._context = build()
 
     def _look(self) -> tuple[tuple[int, int, int], ...] | None:
         try:
-            stats = [Path(path).stat() for path in (self._files.ca, self._files.cert, self._files.key)]
+            stats = [Path(path).stat() for path in self._files]
         except OSError:
             return None
         return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
@@ -46,14 +47,11 @@ class ReloadingContext:
         if stamp != self._stamp:
             self._stamp = stamp
             try:
-                identity = self._files.identity()
-                if identity != self.identity:
-                    raise CertificateError(f"the certificate now names {identity}, not {self.identity}")
                 self._context = self._build()
             except CertificateError as error:
                 logger.error(  # noqa: TRY400 - an event, not a defect
                     "keeping the certificate that was loaded before: %s", error
                 )
             else:
-                logger.info("loaded the certificate of %s again", identity.name)
+                logger.info("loaded the certificate of %s again", self._owner)
         return self._context

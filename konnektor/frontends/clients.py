@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import ssl
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
@@ -20,6 +19,7 @@ from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
 from konnektor.handshake import explain, with_alerts
 from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.socket_transport import SocketTransport
 from konnektor.stream_types import Tcp
@@ -70,16 +70,17 @@ class Clients:
             return self._listen([bind_unix(frontend.path)], make)
         context = None
         if isinstance(frontend, HttpsFrontend):
-            context = frontend_context(frontend.cert, frontend.key, frontend.client_ca)
+            files = frontend.cert, frontend.key, frontend.client_ca
+            context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
         return self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
 
-    def _listen(self, sockets: list[socket.socket], make: Factory, context: ssl.SSLContext | None = None) -> str:
+    def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
         name = bound_name(sockets[0])
         for sock in sockets:
             self._acceptors.append(Acceptor(sock, partial(self._accepted, make, context)))
         return name
 
-    def _accepted(self, make: Factory, context: ssl.SSLContext | None, sock: socket.socket, address: Any) -> None:
+    def _accepted(self, make: Factory, context: ReloadingContext | None, sock: socket.socket, address: Any) -> None:
         if sock.family != socket.AF_UNIX:
             with contextlib.suppress(OSError):  # it is gone already, and reading will tell
                 set_options(sock)
@@ -100,14 +101,14 @@ class Clients:
         self._here.discard(transport)
         self._changes.notify()
 
-    async def _secure(self, client: HttpConnect, context: ssl.SSLContext, sock: socket.socket, peer: str) -> None:
+    async def _secure(self, client: HttpConnect, context: ReloadingContext, sock: socket.socket, peer: str) -> None:
         """The TLS handshake of a client, or one line that says why not."""
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(
                 lambda: client,
                 sock,
-                ssl=with_alerts(context, sock),
+                ssl=with_alerts(context.get(), sock),
                 ssl_handshake_timeout=TLS_TIMEOUT,
                 ssl_shutdown_timeout=TLS_TIMEOUT,
             )

@@ -728,9 +728,7 @@ async def test_a_hello_and_a_goodbye_in_one_reading(role, reason, why, hello, sh
         said = bytes(pair.server.wire)
     goodbye = Close(kk.Code.NO_ERROR, reason).encode()
     refusal = await handshake_with([said + goodbye if hello else goodbye], role)
-    assert re.fullmatch(
-        rf"the peer at 127\.0\.0\.1:\d+ closed the session at its very beginning: {why}", str(refusal)
-    )
+    assert re.fullmatch(rf"the peer at 127\.0\.0\.1:\d+ closed the session at its very beginning: {why}", str(refusal))
     assert isinstance(refusal.__cause__, kk.SessionError) and refusal.__cause__.code == kk.Code.NO_ERROR
 
 
@@ -741,7 +739,7 @@ async def test_a_session_closed_by_this_side_before_it_was_up(short_close):
     waiting = asyncio.create_task(session.wait_established())
     await anyio.sleep(0)
     session.close()
-    with pytest.raises(kk.HandshakeError, match="^this side closed the session before it was up$"):
+    with pytest.raises(kk.HandshakeError, match="this side closed the session before it was up"):
         await waiting
     b.close()
     await session.wait_closed()
