@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def cpu_seconds(roots: Iterable[int]) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-class Peer:
+class Peer(ABC):
     """A running tunnel."""
 
     name = ""
@@ -66,12 +67,14 @@ class Peer:
         for port in self.ports.values():
             wait_for_port(port)
 
+    @abstractmethod
     def start(self, targets: Mapping[str, int]) -> None:
-        raise NotImplementedError
+        """Starts the processes that forward each of ``ports`` to its target."""
 
     @property
+    @abstractmethod
     def version(self) -> str:
-        raise NotImplementedError
+        """What is measured."""
 
     def run(self, *args: str, **kwargs: object) -> subprocess.Popen[bytes]:
         log = (self.directory / f"{self.name}-{len(self.processes)}.log").open("wb")
