@@ -23,6 +23,31 @@ class Hold(StreamType):
     label: str = ""
 
 
+class Echo(StreamType):
+    name = "echo@test"
+    text: str = ""
+
+
+async def echo(stream, request):
+    await stream.accept()
+    async for chunk in stream:
+        await stream.send(chunk)
+    await stream.aclose()
+
+
+async def until(condition):
+    """For what announces itself nowhere; fails if it never comes."""
+    with anyio.fail_after(DEADLINE):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+def at_rest(session):
+    """Nothing is left of any stream."""
+    mux = session._mux
+    return not mux.streams and not mux.opens and mux.pool.extra == 0 and not session._tasks
+
+
 class Authority:
     """Contexts of a worker and a control plane that trust each other."""
 

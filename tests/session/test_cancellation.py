@@ -15,7 +15,7 @@ from konnektor import testing
 from konnektor.session import Session
 from konnektor.stream_types import StreamType
 from tests.session.check_stream import exactly
-from tests.session.pairs import Authority, Exchange, memory_session_pair, tcp_socketpair
+from tests.session.pairs import Exchange, memory_session_pair, tcp_socketpair
 
 STEPS = 400
 EXPECTED = (anyio.ClosedResourceError, anyio.EndOfStream, kk.KonnektorError)
@@ -119,11 +119,6 @@ async def test_cancelled_at_every_await(operation):
 
         await at_every_step(run)
         await whole_life(client)
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -20,7 +20,7 @@ from konnektor.socket_transport import SocketTransport
 from konnektor.splice import QUEUE_HIGH, Splice, splice
 from konnektor.stream_types import Tcp
 from tests.session.check_stream import exactly, until_end
-from tests.session.pairs import Authority, memory_session_pair, memory_stream_pair, tcp_socketpair
+from tests.session.pairs import memory_session_pair, memory_stream_pair, tcp_socketpair
 
 RST = struct.pack("ii", 1, 0)
 
@@ -35,11 +35,6 @@ def unix_socketpair():
 @pytest.fixture(params=[tcp_socketpair, unix_socketpair], ids=["tcp", "unix"])
 def sockets(request):
     return request.param
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("ca"))
 
 
 async def until(condition):

@@ -21,7 +21,6 @@ from konnektor.stream import StreamAttribute
 from tests.session.check_stream import check_two_way_stream, exactly, fill, until_end
 from tests.session.pairs import (
     AsyncioStream,
-    Authority,
     Exchange,
     Hold,
     memory_stream_pair,
@@ -29,12 +28,6 @@ from tests.session.pairs import (
     stream_pair_over,
     tcp_socketpair,
 )
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("ca"))
-
 
 # Conformance
 

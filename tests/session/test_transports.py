@@ -15,12 +15,7 @@ import konnektor as kk
 from konnektor.stream_types import Tcp
 from konnektor.transport import HIGH_WATER, StreamTransport
 from tests.session.check_stream import check_two_way_stream, exactly, until_end
-from tests.session.pairs import Authority, Exchange, Hold, memory_session_pair, memory_stream_pair
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    return Authority(tmp_path_factory.mktemp("ca"))
+from tests.session.pairs import Exchange, Hold, memory_session_pair, memory_stream_pair
 
 
 async def until(condition):

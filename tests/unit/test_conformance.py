@@ -8,6 +8,7 @@ import pytest
 from tests.property import test_mux_bytes as any_bytes
 from tests.unit import test_core_parts as parts
 from tests.unit import test_credit as credit
+from tests.unit import test_mux_drain as drain
 from tests.unit import test_mux_flow as flow
 from tests.unit import test_mux_session as session
 from tests.unit import test_mux_streams as streams
@@ -78,7 +79,7 @@ CASES = {
     "31 PING bounded under saturation": [parts.test_only_the_ping_that_is_out_is_answered],
     "33 rapid reset keeps handlers bounded": [session.test_streams_rises_only_when_the_handler_is_gone],
     "34 a peer that never reads leaves memory flat": [flow.test_a_peer_that_never_reads_leaves_memory_flat],
-    "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [session.test_two_phases],
+    "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [drain.test_two_phases],
     "42 cancel while PENDING, also after FIN and crossing ACCEPT, leaves nothing": [
         lambda: streams.test_cancel_while_pending("cancel", finished=False),
         lambda: streams.test_cancel_while_pending("cancel", finished=True),

@@ -17,6 +17,10 @@ def frames_of(side):
     ]
 
 
+def kinds(side):
+    return [type(frame) for frame in frames_of(side)]
+
+
 def test_open_accept_data_finish():
     pair = Pair()
     ours, theirs = pair.open(name="echo@test", header=b"request", tlvs={OpenTLV.SOURCE: b"10.0.0.1"}, accept=False)
