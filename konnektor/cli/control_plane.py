@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import click
 
 from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
-from konnektor.cli.options import Parsed, endpoint_options, make_limits, say_ready
+from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.control_plane import ControlPlane
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
-from konnektor.runtime import run, serve, set_up_logging
-from konnektor.tls import TLSFiles
+from konnektor.runtime import run, serve
 
 __all__ = ["control_plane"]
 
@@ -66,50 +64,35 @@ def _listen(text: str) -> str:
 )
 @endpoint_options
 def control_plane(
+    common: Common,
     listen: str,
     frontends: tuple[Frontend, ...],
     forwards: tuple[Forward, ...],
     grants: tuple[tuple[str, Route], ...],
     allow_from: tuple[tuple[str, AllowRule], ...],
-    ca: str,
-    cert: str,
-    key: str,
-    max_streams: int,
-    receive_pool: int | None,
-    grace: float,
-    log_format: str,
-    verbose: int,
 ) -> int:
     """Accept workers, and let clients use what they reach.
 
     Prints one line when it is ready: ready tunnel=HOST:PORT http=HOST:PORT forward=...
     """
-    set_up_logging(log_format, verbose)
-    limits = make_limits(max_streams, receive_pool)
-    settings: dict[str, Any] = {"grant_routes": grants, "allow_from": allow_from, "limits": limits}
-    return run(_serve(listen, TLSFiles(ca, cert, key), settings, frontends, forwards, grace))
 
+    async def main() -> int:
+        endpoint = ControlPlane(
+            listen, tls=common.tls, grant_routes=grants, allow_from=allow_from, limits=common.limits
+        )
 
-async def _serve(
-    listen: str,
-    tls: TLSFiles,
-    settings: dict[str, Any],
-    frontends: tuple[Frontend, ...],
-    forwards: tuple[Forward, ...],
-    grace: float,
-) -> int:
-    endpoint = ControlPlane(listen, tls=tls, **settings)
+        async def life() -> None:
+            await endpoint.start()
+            ready = [f"tunnel={endpoint.address}"]
+            for frontend in frontends:
+                bound = await endpoint.add_frontend(frontend)
+                ready.append(f"{frontend.kind}={bound}")
+            for forward in forwards:
+                bound = await endpoint.add_forward(forward)
+                ready.append(f"forward={bound}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
+            say_ready(" ".join(ready))
+            await asyncio.Event().wait()
 
-    async def life() -> None:
-        await endpoint.start()
-        ready = [f"tunnel={endpoint.address}"]
-        for frontend in frontends:
-            bound = await endpoint.add_frontend(frontend)
-            ready.append(f"{frontend.kind}={bound}")
-        for forward in forwards:
-            bound = await endpoint.add_forward(forward)
-            ready.append(f"forward={bound}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
-        say_ready(" ".join(ready))
-        await asyncio.Event().wait()
+        return await serve(endpoint, life(), common.grace)
 
-    return await serve(endpoint, life(), grace)
+    return run(main())

@@ -1,4 +1,4 @@
-"""Options that both endpoints take, and the conversion of their values."""
+"""Options that both endpoints take, what they amount to, and the conversion of values."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from konnektor.errors import ConfigurationError
 from konnektor.limits import Limits, format_size, parse_size
+from konnektor.runtime import set_up_logging
+from konnektor.tls import TLSFiles
 
-__all__ = ["Parsed", "endpoint_options", "make_limits", "say_ready"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
+__all__ = ["Common", "Parsed", "endpoint_options", "say_ready"]
 
 _DEFAULT: Final = Limits()
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h|)")
@@ -93,12 +93,38 @@ _OPTIONS: Final = (
 )
 
 
-def endpoint_options(command: Callable[P, R]) -> Callable[P, R]:
-    """Adds the options of both endpoints to a command."""
-    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), command)
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What the options of both endpoints amount to; ``grace`` is in seconds."""
+
+    tls: TLSFiles
+    limits: Limits
+    grace: float
 
 
-def make_limits(max_streams: int, receive_pool: int | None) -> Limits:
+def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Adds the options of both endpoints to a command, which gets them as one ``Common``, first; logging is set up."""
+
+    @functools.wraps(command)
+    def with_common(
+        *,
+        ca: str,
+        cert: str,
+        key: str,
+        max_streams: int,
+        receive_pool: int | None,
+        grace: float,
+        log_format: str,
+        verbose: int,
+        **own: Any,
+    ) -> int:
+        set_up_logging(log_format, verbose)
+        return command(Common(TLSFiles(ca, cert, key), _limits(max_streams, receive_pool), grace), **own)
+
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), with_common)
+
+
+def _limits(max_streams: int, receive_pool: int | None) -> Limits:
     """The limits that the options describe.
 
     Raises:

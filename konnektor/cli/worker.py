@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from konnektor.addresses import canonical_host, parse_hostport
-from konnektor.cli.options import Parsed, endpoint_options, make_limits, say_ready
+from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.policy import AllowRule, parse_allow
 from konnektor.router import parse_route
-from konnektor.runtime import run, serve, set_up_logging
-from konnektor.tls import TLSFiles
+from konnektor.runtime import run, serve
 from konnektor.worker import Worker
 
 __all__ = ["worker"]
@@ -63,42 +60,35 @@ def _route(text: str) -> str:
 @click.option("--once", is_flag=True, help="Connect once and never again; fail with status 5. Example: --once")
 @endpoint_options
 def worker(
+    common: Common,
     connect: tuple[str, ...],
     allow: tuple[AllowRule, ...],
     routes: tuple[str, ...],
     server_name: str | None,
     once: bool,
-    ca: str,
-    cert: str,
-    key: str,
-    max_streams: int,
-    receive_pool: int | None,
-    grace: float,
-    log_format: str,
-    verbose: int,
 ) -> int:
     """Dial control planes, and serve what they ask for as far as --allow goes.
 
     Prints one line when it is connected: ready worker=NAME connected=HOST:PORT
     """
-    set_up_logging(log_format, verbose)
-    settings: dict[str, Any] = {
-        "allow": allow,
-        "routes": routes,
-        "server_name": server_name,
-        "once": once,
-        "limits": make_limits(max_streams, receive_pool),
-    }
-    return run(_serve(connect, TLSFiles(ca, cert, key), settings, grace))
 
+    async def main() -> int:
+        endpoint = Worker(
+            connect,
+            tls=common.tls,
+            allow=allow,
+            routes=routes,
+            server_name=server_name,
+            once=once,
+            limits=common.limits,
+        )
 
-async def _serve(connect: tuple[str, ...], tls: TLSFiles, settings: dict[str, Any], grace: float) -> int:
-    endpoint = Worker(connect, tls=tls, **settings)
+        async def life() -> None:
+            await endpoint.start()
+            await endpoint.wait_connected()
+            say_ready(f"worker={endpoint.identity.name} connected={endpoint.connected[0]}")
+            await endpoint.wait_closed()
 
-    async def life() -> None:
-        await endpoint.start()
-        await endpoint.wait_connected()
-        say_ready(f"worker={endpoint.identity.name} connected={endpoint.connected[0]}")
-        await endpoint.wait_closed()
+        return await serve(endpoint, life(), common.grace)
 
-    return await serve(endpoint, life(), grace)
+    return run(main())
