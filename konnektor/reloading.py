@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-from konnektor.errors import CertificateError
+from konnektor.errors import CertificateError, ConfigurationError
 from konnektor.tls import Identity, TLSFiles
 
 __all__ = ["ReloadingContext"]
@@ -24,6 +24,7 @@ class ReloadingContext:
 
     Raises:
         CertificateError: the files cannot be used to begin with.
+        ConfigurationError: as ``build``.
     """
 
     def __init__(self, files: TLSFiles, build: Callable[[], ssl.SSLContext]) -> None:
@@ -50,7 +51,7 @@ class ReloadingContext:
                 if identity != self.identity:
                     raise CertificateError(f"the certificate now names {identity}, not {self.identity}")
                 self._context = self._build()
-            except CertificateError as error:
+            except (CertificateError, ConfigurationError) as error:
                 logger.error(  # noqa: TRY400 - an event, not a defect
                     "keeping the certificate that was loaded before: %s", error
                 )
