@@ -112,7 +112,7 @@ expert_info("error.flow_control", "FLOW_CONTROL: an impossible grant", "PROTOCOL
 expert_info("unknown_frame", "A frame of an unknown type, which a receiver skips", "UNDECODED", "NOTE")
 expert_info("unknown_tlv", "A TLV with an unknown id, which a receiver skips", "UNDECODED", "NOTE")
 expert_info("critical_tlv", "A critical TLV with an unknown id: the stream is refused", "UNDECODED", "WARN")
-expert_info("header", "The stream type's header is malformed", "MALFORMED", "WARN")
+expert_info("malformed_header", "The stream type's header is malformed", "MALFORMED", "WARN")
 expert_info("truncated", "The capture holds only a part of the frame", "UNDECODED", "WARN")
 
 konnektor.experts = experts
@@ -406,7 +406,7 @@ function read.header(context, node, name, range)
     local host, port = map and map.host, map and map.port
     if not (host and host[4] == "string" and #host[1] >= 1 and port and port[4] == "uint"
             and port[1] >= 1 and port[1] <= MAX_PAYLOAD) then
-        item:add_proto_expert_info(experts.header, "The header is not a MessagePack map with a host and a port")
+        item:add_proto_expert_info(experts.malformed_header, "The header is not a MessagePack map with a host and a port")
         return nil, item
     end
     local prefix = string.gsub(name, "header$", "tcp")
@@ -615,7 +615,9 @@ function konnektor.dissector(tvb, pinfo, tree)
         if not size or size > left then
             if size and (not can_wait or judge(tvb(pos, 1):uint(), tvb(pos + 1, 1):uint(), size - HEADER_SIZE,
                                                tvb(pos + 4, 4):uint())) then
-                show(left) -- a header that can only be wrong is shown at once, as a receiver answers it at once
+                -- A header that can only be wrong is shown at once, as a receiver answers it at once; and again with
+                -- its payload. (Only where packets are seen once: in Wireshark's window it waits for the payload.)
+                show(left)
             elseif not can_wait then
                 root = root or tree:add(konnektor, tvb(pos))
                 root:add(fields.undecoded, tvb(pos)):add_proto_expert_info(experts.truncated)

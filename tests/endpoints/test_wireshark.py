@@ -22,7 +22,7 @@ from konnektor import frames
 from konnektor.errors import Code
 from konnektor.frames import HEADER, HEADER_SIZE, FrameType, HelloTLV, OpenTLV
 from konnektor.handshake import AlertingSSLObject
-from konnektor.settings import Settings
+from konnektor.settings import FLOORS, Settings
 from konnektor.stream_types import Tcp
 from tests.endpoints.parts import target, unused_port
 from tests.tools import needs
@@ -131,7 +131,9 @@ class Shown:
         return [bytes.fromhex(field.get("value")) for field in self.fields.get(name, [])]
 
 
-NOTES = {f"konnektor.{name}" for name in ("unknown_frame", "unknown_tlv", "critical_tlv", "header", "truncated")}
+NOTES = {
+    f"konnektor.{name}" for name in ("unknown_frame", "unknown_tlv", "critical_tlv", "malformed_header", "truncated")
+}
 
 
 def shown(pdml):
@@ -452,7 +454,8 @@ def odd_frames():
     opened = lambda tlvs, name="tcp": frames.Open(1, 1, name, tlvs)
     return [
         (hello(), [], []),
-        (hello(MAX_FRAME=u32(16_375)), ["PROTOCOL"], []),
+        *((hello(**{name: u32(floor)}), [], []) for name, floor in FLOORS_ON_THE_WIRE),
+        *((hello(**{name: u32(floor - 1)}), ["PROTOCOL"], []) for name, floor in FLOORS_ON_THE_WIRE),
         (hello(INITIAL_STREAMS=b""), ["PROTOCOL"], []),
         (hello(IDLE_TIMEOUT=b"123"), ["PROTOCOL"], []),
         (hello(FEATURES=u32(3), SOFTWARE=b"a\xff\x1b", ROUTES=b"default\n\nhost=\x07", LABELS=b""), [], []),
@@ -468,11 +471,17 @@ def odd_frames():
         (opened({2: b"12345"}), ["PROTOCOL"], []),
         (opened({1: b"\x91"}, "other@x"), [], []),
         (opened({1: b""}, "other@x"), [], []),
-        *((opened({1: raw}), [], ["header"]) for raw in BAD_HEADERS),
+        *((opened({1: raw}), [], ["malformed_header"]) for raw in BAD_HEADERS),
         *((opened({1: raw}), [], []) for raw in GOOD_HEADERS),
     ]
 
 
+FLOORS_ON_THE_WIRE = [
+    ("MAX_FRAME", FLOORS.max_frame),
+    ("INITIAL_WINDOW", FLOORS.initial_window),
+    ("INITIAL_STREAMS", FLOORS.initial_streams),
+    ("IDLE_TIMEOUT", int(FLOORS.idle_timeout * 1000)),
+]
 HOST = b"\xa4host\xa1h"
 BAD_HEADERS = [
     b"\x80",
@@ -513,6 +522,17 @@ def test_odd_frames(tshark, odd_frames):
             assert_same(frame, seen, raw)
             if raw[0] == FrameType.OPEN and frame.name == "tcp" and 1 in frame.tlvs:
                 assert ("open.tcp.host" in seen.fields) is not bool(notes)
+
+
+def test_codes_have_their_names(tshark):
+    codes = [*Code, 31, 99, 2**31, 2**32 - 1]
+    capture = Capture()
+    capture.connection([(True, b"".join(frames.Stop(1, code).encode() for code in codes))], PLAIN_PORT)
+    lines = [seen.line for seen in shown(tshark(capture, *PLAIN, "-T", "pdml"))[0, True]]
+    named = {31: "unknown code 31", 99: "unknown code 99"}
+    for code, line in zip(codes, lines, strict=True):
+        name = code.name if isinstance(code, Code) else named.get(code, f"application code {code}")
+        assert line == f"STOP[1] {name}"
 
 
 def garbage(rng):
