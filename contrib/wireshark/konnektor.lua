@@ -177,10 +177,8 @@ for number, frame in pairs(FRAMES) do
     frame.most = frame.most or math.min(size + open_end, MAX_PAYLOAD)
 end
 
-for _, prefix in ipairs({"open", "accept"}) do
-    define(prefix .. ".tcp.host", "Host", "string")
-    define(prefix .. ".tcp.port", "Port", "uint16")
-end
+define("open.tcp.host", "Host", "string")
+define("open.tcp.port", "Port", "uint16")
 define("open.name_length", "Length of the stream type", "uint8")
 define("hello.features.resume", "Resume", "bool", 32, nil, 1)
 define("hello.features.datagrams", "Datagrams", "bool", 32, nil, 2)
@@ -398,7 +396,7 @@ function read.magic(context, node, name, range)
     return value, item
 end
 
--- A stream type's own header; that of `tcp` is known.
+-- A stream type's own header; that of an OPEN of `tcp` is known. An ACCEPT does not say which type it is about.
 function read.header(context, node, name, range)
     local item = node:add(fields[name], range)
     if context.values.name ~= "tcp" then return nil, item end
@@ -409,10 +407,9 @@ function read.header(context, node, name, range)
         item:add_proto_expert_info(experts.malformed_header, "The header is not a MessagePack map with a host and a port")
         return nil, item
     end
-    local prefix = string.gsub(name, "header$", "tcp")
     local cleaned = clean(host[1])
-    item:add(fields[prefix .. ".host"], range(host[2] - 1, host[3] - host[2] + 1), cleaned)
-    item:add(fields[prefix .. ".port"], range(port[2] - 1, port[3] - port[2] + 1), port[1])
+    item:add(fields["open.tcp.host"], range(host[2] - 1, host[3] - host[2] + 1), cleaned)
+    item:add(fields["open.tcp.port"], range(port[2] - 1, port[3] - port[2] + 1), port[1])
     local target = (string.find(cleaned, ":", 1, true) and "[" .. cleaned .. "]:" or cleaned .. ":") .. port[1]
     context.values.target = " " .. target
     return target, item
@@ -560,7 +557,7 @@ local function read_frame(tree, range)
     if error then complain(context, node, error, string.upper(error) .. ": " .. why) end
     local whole = range:len() == HEADER_SIZE + length
     local summary
-    if frame and whole and error ~= "frame_size" then
+    if frame and whole and length >= frame.least and length <= frame.most then -- whatever else is wrong
         if length > 0 then read_payload(context, node, frame, range(HEADER_SIZE)) end
         summary = string.gsub(frame.info, "{([%w_]+)}", function(value) return tostring(context.values[value] or "") end)
     else

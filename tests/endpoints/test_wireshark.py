@@ -535,6 +535,18 @@ def test_codes_have_their_names(tshark):
         assert line == f"STOP[1] {name}"
 
 
+def test_headers_that_are_wrong_more_than_once(tshark):
+    """A length that does not fit is not read by, even where another rule is named first."""
+    wrong = [HEADER.pack(kind, 0x80, size, 0) + bytes(size) for kind in FrameType for size in (0, 1, 3, 300)]
+    capture = Capture()
+    capture.connection([(True, b"".join(wrong))], PLAIN_PORT)
+    seen = shown(tshark(capture, *PLAIN, "-T", "pdml"))[0, True]
+    for data, one in zip(wrong, seen, strict=True):
+        with pytest.raises(kk.ProtocolError) as caught:
+            list(frames.scan(data))
+        assert one.errors[0] == caught.value.code.name
+
+
 def garbage(rng):
     """What may look like frames: a vector with some of its bytes changed, or noise."""
     vectors = json.loads((VECTORS / "frames.json").read_text())
