@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-from konnektor.errors import CertificateError
+from konnektor.errors import CertificateError, ConfigurationError
 
 __all__ = ["ReloadingContext"]
 
@@ -25,6 +25,7 @@ class ReloadingContext:
 
     Raises:
         CertificateError: the files cannot be used to begin with.
+        ConfigurationError: as ``build``.
     """
 
     def __init__(self, build: Callable[[], ssl.SSLContext], *files: str | os.PathLike[str], owner: str) -> None:
@@ -48,7 +49,7 @@ class ReloadingContext:
             self._stamp = stamp
             try:
                 self._context = self._build()
-            except CertificateError as error:
+            except (CertificateError, ConfigurationError) as error:
                 logger.error(  # noqa: TRY400 - an event, not a defect
                     "keeping the certificate that was loaded before: %s", error
                 )

@@ -14,9 +14,11 @@ the peer and says what to do.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import ssl
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -64,6 +66,8 @@ __all__ = [
     "read_key",
     "same_key",
 ]
+
+logger = logging.getLogger(__name__)
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 """Names of workers, control planes and clients; use ``fullmatch``."""
@@ -182,6 +186,7 @@ class TLSFiles:
 
         Raises:
             CertificateError: a file that cannot be used, or not for a control plane.
+            ConfigurationError: the key log that SSLKEYLOGFILE names cannot be written.
         """
         return self._context(Role.CONTROL_PLANE)
 
@@ -190,6 +195,7 @@ class TLSFiles:
 
         Raises:
             CertificateError: a file that cannot be used, or not for ``role``.
+            ConfigurationError: the key log that SSLKEYLOGFILE names cannot be written.
         """
         if role is Role.CONTROL_PLANE:
             raise ConfigurationError("a control plane does not dial: client_context() takes worker or client")
@@ -218,7 +224,7 @@ class TLSFiles:
         except CertificateError as error:
             raise CertificateError(f"certificate file {_name(self.cert)} cannot be used: {error}") from None
         self._rehearse(authorities, role)
-        return self._build(authorities, server_side=role is Role.CONTROL_PLANE)
+        return _log_keys(self._build(authorities, server_side=role is Role.CONTROL_PLANE))
 
     def _build(self, authorities: Sequence[x509.Certificate], *, server_side: bool) -> ssl.SSLContext:
         context = _context(self.cert, self.key, authorities, server_side=server_side)
@@ -277,6 +283,7 @@ def frontend_context(
 
     Raises:
         CertificateError: a file that cannot be used.
+        ConfigurationError: the key log that SSLKEYLOGFILE names cannot be written.
     """
     authorities = _read_authorities(client_ca)
     leaf = _read_pair(cert, key)[0]
@@ -288,7 +295,7 @@ def frontend_context(
     context = _context(cert, key, authorities, server_side=True)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
-    return context
+    return _log_keys(context)
 
 
 def _context(
@@ -316,6 +323,26 @@ def _context(
         context.load_cert_chain(cert, key, password="")
     except (OSError, ValueError) as error:
         raise _unusable(cert, key, error) from None
+    return context
+
+
+def _log_keys(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Have the secrets of the context's connections appended to the file that SSLKEYLOGFILE names, if it is set.
+
+    As ``ssl.create_default_context`` does, and a bare ``SSLContext`` does not. A rehearsal's context is left out: its
+    connections go nowhere.
+    """
+    path = None if sys.flags.ignore_environment else os.environ.get("SSLKEYLOGFILE")
+    if path:
+        try:
+            # Created here, because OpenSSL would let the umask decide who may read it.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            context.keylog_filename = path
+        except OSError as error:
+            raise ConfigurationError(
+                f"key log {_name(path)} cannot be written: {error.strerror}; change SSLKEYLOGFILE, or unset it"
+            ) from None
+        logger.warning("TLS secrets go to %s (SSLKEYLOGFILE): whoever reads it can read all traffic", _name(path))
     return context
 
 

@@ -44,6 +44,15 @@ def test_renewed_files_are_used(certs, files, tmp_path, log):
     assert log() == ["loaded the certificate of renewed again"]
 
 
+def test_a_key_log_that_cannot_be_written_any_more(certs, files, tmp_path, log, monkeypatch):
+    context = ReloadingContext(files, files.client_context)
+    first = context.get()
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "no" / "keys"))
+    issue_again(certs, files, tmp_path)
+    assert context.get() is first and context.get() is first
+    assert [line.partition(": ")[0] for line in log()] == ["keeping the certificate that was loaded before"]
+
+
 def test_files_that_went_bad_are_told_once(certs, files, tmp_path, log):
     context = following(files)
     first = context.get()
