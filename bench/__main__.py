@@ -70,16 +70,18 @@ def main() -> None:
     parser.add_argument("--columns", default=",".join(COLUMNS), help=", ".join(COLUMNS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
-    parser.add_argument("--against", metavar="TREE", help="another checkout of konnektor, measured beside this one")
+    parser.add_argument("--against", metavar="TREE", type=Path, action="append", default=[],
+                        help="another checkout of konnektor, measured beside this one; may be repeated")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write every sample here")
     args = parser.parse_args()
     for tool in ("iperf3", "wrk", "nginx", "ssh"):
         if shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin") is None:
             sys.exit(f"{tool} is missing: the benchmark needs iperf3, wrk, nginx and OpenSSH's client and server")
     chosen: list[type[Peer]] = [PEERS[name] for name in args.peers.split(",")]
-    if args.against:
-        env = {**os.environ, "PYTHONPATH": args.against}
-        chosen.insert(1, type("Before", (Konnektor,), {"name": "before", "env": env}))
+    for tree in args.against:
+        # Without SAFEPATH the working directory wins, and the same code is measured twice.
+        env = {**os.environ, "PYTHONPATH": str(tree.resolve()), "PYTHONSAFEPATH": "1"}
+        chosen.append(type(tree.name, (Konnektor,), {"name": tree.name, "env": env}))
     columns = args.columns.split(",")
     results: dict[str, dict[str, dict[str, list[float]]]] = {c: {p.name: {} for p in chosen} for c in columns}
     with ExitStack() as stack:

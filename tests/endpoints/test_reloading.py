@@ -45,7 +45,7 @@ def test_renewed_files_are_used(certs, files, tmp_path, log):
 
 
 def test_a_key_log_that_cannot_be_written_any_more(certs, files, tmp_path, log, monkeypatch):
-    context = ReloadingContext(files, files.client_context)
+    context = following(files)
     first = context.get()
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "no" / "keys"))
     issue_again(certs, files, tmp_path)
