@@ -145,9 +145,10 @@ async def test_a_reset_reaches_who_does_not_read(to):
         assert (await recv_all(ends[to]))[1] == errno.ECONNRESET
 
 
-async def test_a_target_that_is_not_there_resets():
+@pytest.mark.parametrize("host", ["127.0.0.1", "224.0.0.1"], ids=["answers no", "is no host"])
+async def test_a_target_that_is_not_there_resets(host):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        nowhere = f"127.0.0.1:{listener.getsockname()[1]}"
+        nowhere = f"{host}:{listener.getsockname()[1]}"
     async with FaultProxy(nowhere) as proxy:
         with socket.socket() as client:
             client.setblocking(False)
