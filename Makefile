@@ -3,12 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SECONDS ?= 180
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
 PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; print(",".join(m.replace(".", "/") + ".py" for k in c if k["id"] == "pure-core" for m in k["source_modules"]))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench clean curl
+.PHONY: help demo test check bench soak clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-6s", $$2); print }'
@@ -29,6 +30,9 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 
 bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
 	@$(BIN)/python -m bench
+
+soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and openssl; fails on any error or leak
+	@$(BIN)/python -m bench.soak --seconds $(SECONDS)
 
 clean: ## remove .venv/ and everything built or cached
 	rm -rf .venv .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
