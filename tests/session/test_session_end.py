@@ -263,6 +263,7 @@ async def test_a_defect_while_the_session_ends_keeps_nobody_from_its_end(where, 
         assert "defect in" in caplog.text
 
 
+@pytest.mark.replaces_methods
 async def test_a_defect_in_a_timer_ends_the_session(monkeypatch, caplog):
     async with memory_session_pair() as (client, _server):
 
@@ -276,6 +277,7 @@ async def test_a_defect_in_a_timer_ends_the_session(monkeypatch, caplog):
     assert "defect in a timer" in caplog.text
 
 
+@pytest.mark.replaces_methods
 async def test_a_defect_in_closing_drops_the_connection(monkeypatch, caplog):
     async with memory_session_pair() as (client, server):
 
