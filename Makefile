@@ -41,11 +41,12 @@ soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and o
 
 build/compiled/.ready: $(READY) $(shell find konnektor tests examples contrib -type f -not -name '*.pyc')
 	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
-	@rm -rf build/compiled build/wheel
+	@rm -rf build/compiled build/wheel build/source
 	@echo "Compiling (about a minute) ..."
+	@mkdir -p build/compiled build/source && cp -r konnektor README.md LICENSE pyproject.toml build/source/
 	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	@mkdir -p build/compiled && cp -r tests examples contrib README.md pyproject.toml build/compiled/
+		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel ./build/source
+	@cp -r tests examples contrib README.md pyproject.toml build/compiled/
 	@$(BIN)/python -m zipfile -e build/wheel/*.whl build/compiled
 	@touch $@
 

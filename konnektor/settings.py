@@ -57,6 +57,7 @@ class Settings:
         name: str = "",
         routes: tuple[str, ...] = (),
         labels: Mapping[str, str] | None = None,
+        features: int = 0,
     ) -> Settings:
         """The declaration of a side with these limits.
 
@@ -68,6 +69,7 @@ class Settings:
             initial_window=limits.initial_window,
             initial_streams=limits.initial_streams,
             idle_timeout=limits.idle_timeout,
+            features=features,
             software=software,
             instance=instance,
             name=name,
