@@ -517,8 +517,9 @@ async def test_a_worker_comes_back(tmp_path):
             connection.cut("client")
             await until(lambda: len(proxy) == 2)
             connection.cut("target")
-            await until(lambda: plane.get("node-1") not in (None, session))
-            await plane.get("node-1").ping()
+            await until(lambda: session.stats().resumed)
+            await session.ping()
+            assert plane.get("node-1") is session
         assert proxy.stats().connections == 3
 
 

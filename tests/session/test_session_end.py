@@ -271,7 +271,7 @@ async def test_a_defect_in_a_timer_ends_the_session(monkeypatch, caplog):
             raise RuntimeError("defect in a timer")
 
         monkeypatch.setattr(client._mux, "handle_timeout", fail)
-        client._driver.deadline_moved(asyncio.get_running_loop().time())
+        client._alarm.set(asyncio.get_running_loop().time())
         await client.wait_closed()
         assert client.error.code == kk.Code.INTERNAL
     assert "defect in a timer" in caplog.text
