@@ -8,7 +8,8 @@ read. And if the timer itself came late (a paused virtual machine), the silence 
 A peer that talks and yet acknowledges nothing for STUCK seconds is as good as dead: without it,
 what waits for the cap on bytes in flight would wait for ever.
 
-The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow.
+The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow. Whoever asks for
+more has them at a pace that the peer's limit allows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from konnektor.abuse import own_pings
 from konnektor.errors import ProtocolError
 
 __all__ = ["Liveness"]
@@ -41,6 +43,7 @@ class Liveness:
     __slots__ = (
         "_established",
         "_judging",
+        "_pace",
         "_ping_count",
         "_ping_sent_at",
         "_pinged_at",
@@ -56,6 +59,7 @@ class Liveness:
         self.heard_at = now
         self._silence = hello_timeout
         self._judging = False
+        self._pace = own_pings()
         self._ping_count = 0
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
@@ -106,8 +110,13 @@ class Liveness:
 
     @property
     def ping_ready(self) -> bool:
-        """Whether a PING should go out now."""
+        """Whether a PING should go out, as soon as the pace allows."""
         return self.ping_due and self._ping_sent_at is None
+
+    @property
+    def ping_at(self) -> float:
+        """From when on the pace allows a PING."""
+        return self._pace.ready_at
 
     def want_ping(self) -> int:
         """Asks for a PING; returns what its PONG will repeat."""
@@ -118,6 +127,7 @@ class Liveness:
         """What a PING says that is sent now."""
         self.ping_due = False
         self._ping_count += 1
+        self._pace.take(now)
         self._ping_sent_at = self._pinged_at = now
         return self._ping_count
 

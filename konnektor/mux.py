@@ -27,6 +27,7 @@ from konnektor.credit import Pool
 from konnektor.deadlines import Deadlines
 from konnektor.drain import Drain, Step
 from konnektor.errors import (
+    CalmError,
     Code,
     DialTimeoutError,
     LocalProtocolError,
@@ -97,6 +98,7 @@ class Mux:
         streams: those that are on the wire, by id.
         pool, flight: the receive budget and the estimates of the path; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
+        pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Mux:
         self.error: SessionError | None = None
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.pause_reading_until = -math.inf
 
         self.streams: dict[int, MuxStream] = {}
         self.opens: OrderedDict[MuxStream, None] = OrderedDict()
@@ -177,7 +180,7 @@ class Mux:
         """When ``handle_timeout`` should be called, None if never."""
         if self.error is not None:
             return None
-        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due)
+        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.outbound.due)
         streams = self._deadlines.next()
         return due if streams is None else min(due, streams)
 
@@ -271,7 +274,7 @@ class Mux:
         self.liveness.heard(now)
         try:
             used = self.inbound.receive(memoryview(data), now)
-        except (ProtocolError, VersionError) as error:
+        except (ProtocolError, VersionError, CalmError) as error:
             self.end(error, Close(error.code, error.reason))
             return len(data)
         self.bytes_received += used
@@ -311,6 +314,7 @@ class Mux:
         self.inbound.acks.check(now)
         if self.inbound.acks.due:
             self.wake()
+        self.outbound.check(now)
         for stream in self._deadlines.expire(now):
             stream.watch = None
             self._deadline_passed(stream, now)
@@ -365,11 +369,13 @@ class Mux:
 
         Raises:
             ProtocolError: more than were sent.
+            CalmError: nothing new, and that too often.
         """
         flight = self.flight
         if seq > flight.sent:
             raise ProtocolError(f"ACK of {seq} frames; {flight.sent} were sent")
         if seq <= flight.acked:
+            self.inbound.abuse.idle_ack(now)
             return
         flight.on_ack(seq, now)
         self.liveness.acked(now, all_of_it=seq == flight.sent)
