@@ -52,6 +52,7 @@ class Driver(asyncio.BufferedProtocol):
         "_on_connected",
         "_on_lost",
         "_paused",
+        "_reading_timer",
         "_rest",
         "_scratch",
         "_timer",
@@ -75,6 +76,7 @@ class Driver(asyncio.BufferedProtocol):
         self._flush_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._close_timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
 
     # What the multiplexer says
 
@@ -135,6 +137,7 @@ class Driver(asyncio.BufferedProtocol):
         if transport is None or self._close_timer is not None:
             return
         self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+        self._resume_reading()
         self._paused = False
         self._flush()
         if transport.is_closing():
@@ -145,6 +148,20 @@ class Driver(asyncio.BufferedProtocol):
                 transport.write_eof()
         else:
             transport.close()
+
+    def _pause_reading(self, until: float) -> None:
+        """Leaves what comes in the kernel, so that other sessions have their turn and the peer slows down."""
+        transport = self.transport
+        if transport is not None and self._reading_timer is None and not transport.is_closing():
+            transport.pause_reading()
+            self._reading_timer = self._loop.call_at(until, self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def abort(self) -> None:
         """Drops the connection."""
@@ -189,14 +206,17 @@ class Driver(asyncio.BufferedProtocol):
         assert shared is not None
         size = len(self._rest) + nbytes
         shared.busy = True
+        now = clock()
         try:
-            used = self.mux.receive(shared.view[:size], clock())
+            used = self.mux.receive(shared.view[:size], now)
             self._rest = bytes(shared.view[used:size]) if used < size else b""
         except Exception as error:  # noqa: BLE001
             self._fail(error)
         finally:
             shared.busy = False
             self._scratch = None
+        if self.mux.pause_reading_until > now and self.mux.error is None:
+            self._pause_reading(self.mux.pause_reading_until)
 
     def eof_received(self) -> bool:
         # A TCP EOF is never a stream's EOF; without CLOSE it is a broken connection.
@@ -211,7 +231,7 @@ class Driver(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        for timer in (self._timer, self._close_timer):
+        for timer in (self._timer, self._close_timer, self._reading_timer):
             if timer is not None:
                 timer.cancel()
         self._timer = None

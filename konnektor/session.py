@@ -21,6 +21,7 @@ import anyio.abc
 from konnektor.addresses import format_hostport
 from konnektor.driver import Driver, clock
 from konnektor.errors import (
+    CalmError,
     Code,
     HandshakeError,
     KonnektorError,
@@ -540,6 +541,12 @@ class Session:
 
     def session_closed(self, error: SessionError) -> None:
         """Everything ends; what is left to write is written."""
+        if isinstance(error, CalmError):
+            who = self._peer()
+            if error.limit:
+                self.log.warning("ended the session with %s, which sent too many %s: %s", who, error.limit, error)
+            else:
+                self.log.warning("%s ended the session, because this side exceeded a limit: %s", who, error)
         if not self._hello.done():
             self._hello.set_result(None)
         for futures in self._pings.values():
