@@ -235,7 +235,7 @@ class Mux:
         return stream
 
     def ping(self) -> int:
-        """Sends a PING soon. Returns the ``opaque`` of the PONG that will answer it."""
+        """Sends a PING soon, as the pace allows. Returns the ``opaque`` of the PONG that will answer it."""
         opaque = self.liveness.want_ping()
         self.wake()
         return opaque

@@ -406,6 +406,8 @@ class Session:
     async def ping(self) -> float:
         """Round-trip time in seconds, of a PING sent now. Cancelling is safe.
 
+        Ten at once are sent without delay, and then three a second; calls that wait share the next one.
+
         Raises:
             SessionError: the session ended first.
             SessionClosedError: it had ended before.
