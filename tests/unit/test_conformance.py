@@ -81,6 +81,12 @@ CASES = {
     "31 PING bounded under saturation": [parts.test_only_the_ping_that_is_out_is_answered],
     "32 PING, CREDIT, PRIORITY, empty and one-byte floods": [
         *(partial(abuse.test_one_beyond_the_limit_is_calm, name) for name in abuse.LIMITS),
+        "20 PINGs",
+        "21 PINGs",
+        "66 CREDITs, after one OPEN",
+        "67 CREDITs, after one OPEN",
+        "101 PRIORITYs, after one OPEN",
+        "102 PRIORITYs, after one OPEN",
         abuse.test_a_flood_of_tiny_frames_pauses_reading,
         abuse.test_empty_blocked_floods_pause_reading,
     ],
