@@ -17,24 +17,26 @@ from typing import Final
 
 from konnektor.errors import CalmError
 
-__all__ = ["Abuse", "Bucket", "Hints", "own_hints", "own_pings"]
+__all__ = ["CRUMB", "OWN_HINTS", "OWN_PINGS", "PINGS", "PING_BYTES", "Abuse", "Allowance", "Bucket", "too_often"]
 
 IDLE_ACKS: Final = (20, 10.0)
 """At once, and a second: ACKs that acknowledge nothing new. Against settings floods (CVE-2019-9515)."""
 
 PINGS: Final = (20, 4.0)
-"""At once, and a second. Against ping floods (CVE-2019-9512)."""
+"""At once, and a second, and one per PING_BYTES. Against ping floods (CVE-2019-9512)."""
+PING_BYTES: Final = 64 * 1024
+"""Bytes of the connection: only PONG tells a sender of datagrams how many have arrived, so it asks as often."""
 
 HINTS: Final = (100, 10.0)
 """At once, and a second, and one per OPEN of either side: PRIORITY and unknown ignorable frames. Against priority
 churn, the resource loop (CVE-2019-9513)."""
 
 CREDITS: Final = (64, 2, 8)
-"""To begin with, per OPEN of either side, and per sequenced frame sent to the peer. Against windows that are opened byte
-by byte, the data dribble (CVE-2019-9511)."""
+"""To begin with, per OPEN of either side, and per sequenced frame sent to the peer. Against floods of window
+updates, as in the data dribble (CVE-2019-9511). An honest reader sends four per frame at most."""
 
 STREAMS: Final = (64, 1)
-"""To begin with, and per OPEN sent to the peer. Against floods of raised stream limits (as CVE-2024-22189 in QUIC)."""
+"""To begin with, and per OPEN sent to the peer. Against floods of raised limits (QUIC's MAX_STREAMS)."""
 
 LATE_ENDS: Final = (200, 3)
 """To begin with, and per OPEN of either side: RESET and STOP for forgotten streams. Against reset floods (CVE-2019-9514)."""
@@ -54,10 +56,11 @@ PAUSE: Final = 0.05
 """Longest pause of reading, in seconds: the peer's other streams stand still as long."""
 
 OWN_PINGS: Final = (10, 3.0)
-"""Of the peer's limit half and three quarters: clocks differ, and one PING may have been under way. Measuring alone
-takes two a second, and so has always one left."""
+"""What this side sends at most: half and three quarters of the peer's limit, for clocks differ, and one may have been
+under way. Measuring alone takes two a second, and so has always one left."""
 OWN_HINTS: Final = (20, 1.0)
-"""What a stalled connection holds back comes all at once; it stalls for half a minute at most, or is given up."""
+"""What this side sends of PRIORITY at most. What a stalled connection held back comes all at once; it stalls for half a
+minute, or is given up."""
 
 
 class Bucket:
@@ -86,8 +89,8 @@ class Bucket:
         return True
 
 
-class Hints:
-    """PRIORITY and unknown ignorable frames: one per OPEN of either side, and what a bucket gives."""
+class Allowance:
+    """One for each cause, and beside that what a bucket gives."""
 
     __slots__ = ("_bucket", "_free")
 
@@ -95,41 +98,30 @@ class Hints:
         self._bucket = Bucket(burst, rate)
         self._free = 0
 
-    def ready_at(self, opens: int) -> float:
-        """From when on there may be another, with so many OPENs seen."""
-        return -math.inf if self._free < opens else self._bucket.ready_at
+    def ready_at(self, causes: int) -> float:
+        """From when on there may be another, after so many causes."""
+        return -math.inf if self._free < causes else self._bucket.ready_at
 
-    def take(self, opens: int, now: float) -> bool:
+    def take(self, causes: int, now: float) -> bool:
         """Counts one; False if it is one too many."""
-        if self._free < opens:
+        if self._free < causes:
             self._free += 1
             return True
         return self._bucket.take(now)
-
-
-def own_pings() -> Bucket:
-    """What this side sends of PING at most."""
-    return Bucket(*OWN_PINGS)
-
-
-def own_hints() -> Hints:
-    """What this side sends of PRIORITY at most."""
-    return Hints(*OWN_HINTS)
 
 
 class Abuse:
     """What one peer has used up of its limits.
 
     Every method counts one frame of the peer's, and raises CalmError if it was one too many. ``opens`` are the OPENs of
-    both sides so far.
+    both sides so far. (PINGs are counted by ``Liveness``, as they belong to the connection.)
     """
 
-    __slots__ = ("_acks", "_credits", "_crumbs_until", "_goaways", "_hints", "_late_ends", "_pings", "_streams")
+    __slots__ = ("_acks", "_credits", "_crumbs_until", "_goaways", "_hints", "_late_ends", "_streams")
 
     def __init__(self) -> None:
         self._acks = Bucket(*IDLE_ACKS)
-        self._pings = Bucket(*PINGS)
-        self._hints = Hints(*HINTS)
+        self._hints = Allowance(*HINTS)
         self._credits = 0
         self._streams = 0
         self._late_ends = 0
@@ -139,17 +131,12 @@ class Abuse:
     def idle_ack(self, now: float) -> None:
         """An ACK that acknowledges nothing new."""
         if not self._acks.take(now):
-            raise _too_often("ACKs that acknowledge nothing", *IDLE_ACKS)
-
-    def ping(self, now: float) -> None:
-        """A PING."""
-        if not self._pings.take(now):
-            raise _too_often("PINGs", *PINGS)
+            raise too_often("ACKs that acknowledge nothing", *IDLE_ACKS)
 
     def hint(self, opens: int, now: float) -> None:
         """A PRIORITY, or an ignorable frame that is not known."""
         if not self._hints.take(opens, now):
-            raise _too_often("PRIORITYs and unknown frames", *HINTS)
+            raise too_often("PRIORITYs and unknown frames", *HINTS)
 
     def credit(self, opens: int, sent: int) -> None:
         """A CREDIT, ``sent`` being the sequenced frames that went to the peer."""
@@ -186,5 +173,6 @@ def _count(what: str, count: int, allowed: int) -> int:
     return count + 1
 
 
-def _too_often(what: str, burst: int, rate: float) -> CalmError:
+def too_often(what: str, burst: int, rate: float) -> CalmError:
+    """The end of a session whose peer sent more of something than there were tokens for."""
     return CalmError(f"{what} beyond {burst} at once and {rate:g} a second", limit=what)

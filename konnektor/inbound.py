@@ -177,8 +177,9 @@ class Inbound:
                 if mux.admission.allow(max_opens) and mux.opens:
                     mux.wake()
             case Ping(opaque):
-                self.abuse.ping(now)
-                self.pong = (opaque, mux.bytes_received + pos)
+                received = mux.bytes_received + pos
+                mux.liveness.asked(received, now)
+                self.pong = (opaque, received)
                 mux.wake()
             case Pong(opaque):
                 mux.pong(opaque, now)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from konnektor.abuse import own_pings
+from konnektor.abuse import OWN_PINGS, PING_BYTES, PINGS, Allowance, too_often
 from konnektor.errors import ProtocolError
 
 __all__ = ["Liveness"]
@@ -43,6 +43,7 @@ class Liveness:
     __slots__ = (
         "_established",
         "_judging",
+        "_limit",
         "_pace",
         "_ping_count",
         "_ping_sent_at",
@@ -59,7 +60,8 @@ class Liveness:
         self.heard_at = now
         self._silence = hello_timeout
         self._judging = False
-        self._pace = own_pings()
+        self._limit = Allowance(*PINGS)
+        self._pace = Allowance(*OWN_PINGS)
         self._ping_count = 0
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
@@ -93,6 +95,15 @@ class Liveness:
         self._ping_sent_at = None
         return rtt
 
+    def asked(self, received: int, now: float) -> None:
+        """A PING came, after so many bytes on this connection.
+
+        Raises:
+            CalmError: one too many.
+        """
+        if not self._limit.take(received // PING_BYTES, now):
+            raise too_often("PINGs", *PINGS)
+
     def acked(self, now: float, *, all_of_it: bool) -> None:
         """An ACK came that advances."""
         self._progress_at = math.inf if all_of_it else now
@@ -113,21 +124,20 @@ class Liveness:
         """Whether a PING should go out, as soon as the pace allows."""
         return self.ping_due and self._ping_sent_at is None
 
-    @property
-    def ping_at(self) -> float:
-        """From when on the pace allows a PING."""
-        return self._pace.ready_at
+    def ping_at(self, sent: int) -> float:
+        """From when on the pace allows a PING, after so many bytes on this connection."""
+        return self._pace.ready_at(sent // PING_BYTES)
 
     def want_ping(self) -> int:
         """Asks for a PING; returns what its PONG will repeat."""
         self.ping_due = True
         return self._ping_count + 1
 
-    def ping(self, now: float) -> int:
-        """What a PING says that is sent now."""
+    def ping(self, now: float, sent: int = 0) -> int:
+        """What a PING says that is sent now, after so many bytes on this connection."""
         self.ping_due = False
         self._ping_count += 1
-        self._pace.take(now)
+        self._pace.take(sent // PING_BYTES, now)
         self._ping_sent_at = self._pinged_at = now
         return self._ping_count
 

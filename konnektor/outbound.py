@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from konnektor.abuse import own_hints
+from konnektor.abuse import OWN_HINTS, Allowance
 from konnektor.frames import (
     HEADER_SIZE,
     VERSION,
@@ -63,7 +63,7 @@ class Outbound:
         self._hello_sent = False
         self.streams_due = False
         self.due = math.inf
-        self._hints = own_hints()
+        self._hints = Allowance(*OWN_HINTS)
         self._waiting: dict[MuxStream, None] = {}
         """Those whose PRIORITY has to wait."""
 
@@ -120,8 +120,9 @@ class Outbound:
         return len(hello)
 
     def _ping(self, now: float) -> bytes:
-        self._mux.flight.on_ping(now)
-        return Ping(self._mux.liveness.ping(now)).encode()
+        mux = self._mux
+        mux.flight.on_ping(now)
+        return Ping(mux.liveness.ping(now, mux.bytes_sent)).encode()
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
@@ -133,10 +134,11 @@ class Outbound:
         if inbound.acks.due:
             parts.append(Ack(inbound.acks.rendered()).encode())
         if mux.liveness.ping_ready:
-            if now >= mux.liveness.ping_at:
+            when = mux.liveness.ping_at(mux.bytes_sent)
+            if now >= when:
                 parts.append(self._ping(now))
             else:
-                self._wait(mux.liveness.ping_at)
+                self._wait(when)
         if self.streams_due:
             self.streams_due = False
             parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))

@@ -186,14 +186,14 @@ class Side:
 
     def check_calm(self):
         """An honest peer stays far from every limit: it needs nothing of what is there to begin with, and half of the rest."""
-        admission, flight, abuse = self.mux.admission, self.mux.flight, self.mux.inbound.abuse
+        admission, flight, abuse, live = self.mux.admission, self.mux.flight, self.mux.inbound.abuse, self.mux.liveness
         assert not isinstance(self.error, CalmError) or not self.error.limit
         assert abuse._credits <= 4 * flight.sent
         assert abuse._streams <= admission.opened
         assert abuse._late_ends <= 2 * admission.opens
         assert abuse._goaways <= 2
         assert abuse._acks.ready_at == -math.inf, "an ACK that acknowledges nothing"
-        assert abuse._pings.ready_at <= self.pair.now - 2
+        assert live._limit.ready_at(0) <= self.pair.now - 2
         assert abuse._hints.ready_at(admission.opens) <= self.pair.now - 5
 
     def check(self):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from konnektor.abuse import CRUMBS_DEBT, PAUSE, Abuse, Bucket, Hints
+from konnektor.abuse import CRUMBS_DEBT, PAUSE, Abuse, Allowance, Bucket
 from konnektor.admission import Admission
 from konnektor.errors import CalmError, Code
 from konnektor.frames import (
@@ -119,12 +119,12 @@ def test_buckets_are_exact_whatever_the_rounding(burst, rate, now):
     assert bucket.take(bucket.ready_at)
 
 
-def test_hints_are_free_once_for_each_open():
-    hints = Hints(2, 1.0)
-    assert [hints.take(3, 0.0) for _ in range(6)] == [True] * 5 + [False]
-    assert hints.ready_at(3) > 0
-    assert hints.ready_at(4) < 0
-    assert hints.take(4, 0.0)
+def test_each_cause_allows_one_more():
+    allowance = Allowance(2, 1.0)
+    assert [allowance.take(3, 0.0) for _ in range(6)] == [True] * 5 + [False]
+    assert allowance.ready_at(3) > 0
+    assert allowance.ready_at(4) < 0
+    assert allowance.take(4, 0.0)
 
 
 def test_causes_are_counted_both_ways():
@@ -273,6 +273,19 @@ def test_pings_without_end_are_paced():
     assert 10 + 3 * 19 <= rtts <= 10 + 3 * 20 + 1
     pair.sleep(1)
     assert not pair.client.mux.liveness.ping_due, "the last one went out by itself"
+
+
+def test_a_ping_for_each_64_kib_is_free_at_both_ends():
+    """As a sender of datagrams needs, which learns from PONGs alone what has arrived."""
+    pair = Pair(Limits())
+    ours, _ = pair.open()
+    for _ in range(100):
+        ours.write(bytes(64 * KIB))
+        pair.pump()
+        pair.client.mux.ping()
+        pair.pump()
+    assert pair.server.error is None
+    assert pair.client.kinds.count("pong") >= 100
 
 
 def test_priorities_without_end_are_paced_and_the_last_one_counts():
