@@ -5,7 +5,6 @@ import logging
 import anyio
 import pytest
 
-from konnektor.driver import Driver
 from konnektor.errors import CalmError, Code
 from konnektor.frames import Datagram, Ping
 from konnektor.session import Handlers
@@ -20,18 +19,14 @@ def tls(request, authority):
     return (authority.client, authority.server) if request.param else (None, None)
 
 
-@pytest.fixture
-def pauses(monkeypatch):
-    """One entry for each pause of reading that was asked for."""
-    seen = []
-    pause = Driver._pause_reading
+def pauses(session):
+    """Whether the session does not read just now."""
+    return session._driver._reading_timer is not None
 
-    def spy(self, until):
-        pause(self, until)
-        seen.append(self._reading_timer)
 
-    monkeypatch.setattr(Driver, "_pause_reading", spy)
-    return seen
+async def paused(session):
+    while not pauses(session):
+        await anyio.sleep(0)
 
 
 async def test_who_exceeds_a_limit_is_shown_out_and_named(tls, caplog):
@@ -52,40 +47,43 @@ async def test_who_exceeds_a_limit_is_shown_out_and_named(tls, caplog):
     assert len(lines) == 2
 
 
-async def test_reading_pauses_under_a_flood_and_goes_on(tls, pauses):
+async def test_reading_pauses_under_a_flood_and_goes_on(tls):
     handlers = Handlers()
     handlers.add(Echo, echo)
     with anyio.fail_after(DEADLINE):
         async with socket_session_pair(*tls, handlers=handlers) as (client, server):
             stream = await client.open(Echo())
             client._driver.transport.write(CRUMBS)
+            await paused(server)
             await stream.send(b"behind it all")
             assert await stream.receive() == b"behind it all"
-            assert pauses
             await stream.aclose()
             assert server.error is None
 
 
 @pytest.mark.parametrize("how", ["close", "abort", "peer closes", "peer aborts"])
-async def test_the_end_does_not_wait_for_a_pause(tls, pauses, how):
+async def test_the_end_does_not_wait_for_a_pause(tls, how):
     with anyio.fail_after(DEADLINE):
         async with socket_session_pair(*tls) as (client, server):
             client._driver.transport.write(CRUMBS)
-            while not pauses:
-                await anyio.sleep(0)
+            await paused(server)
             side = client if "peer" in how else server
             side.close() if "close" in how else side.abort()
             await server.wait_closed()
             await client.wait_closed()
 
 
-async def test_ordinary_traffic_never_pauses(tls, pauses):
+async def test_ordinary_traffic_never_pauses(tls):
     handlers = Handlers()
     handlers.add(Echo, echo)
     with anyio.fail_after(DEADLINE):
-        async with socket_session_pair(*tls, handlers=handlers) as (client, _), await client.open(Echo()) as stream:
+        async with (
+            socket_session_pair(*tls, handlers=handlers) as (client, server),
+            await client.open(Echo()) as stream,
+        ):
             for _ in range(50):
                 await stream.send(b"k")
                 assert await stream.receive() == b"k"
+                assert not pauses(client)
+                assert not pauses(server)
             assert all(rtt > 0 for rtt in [await client.ping() for _ in range(3)])
-    assert not pauses
