@@ -27,6 +27,7 @@ from konnektor.credit import Pool
 from konnektor.deadlines import Deadlines
 from konnektor.drain import Drain, Step
 from konnektor.errors import (
+    CalmError,
     Code,
     DialTimeoutError,
     LocalProtocolError,
@@ -107,6 +108,7 @@ class Mux:
         pool, flight: the receive budget and the estimates of the path; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
         resumption: how the session outlives its connection.
+        pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Mux:
         self.error: SessionError | None = None
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.pause_reading_until = -math.inf
 
         self.streams: dict[int, MuxStream] = {}
         self.opens: OrderedDict[MuxStream, None] = OrderedDict()
@@ -197,7 +200,7 @@ class Mux:
         """When ``handle_timeout`` should be called, None if never."""
         if self.error is not None:
             return None
-        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.resumption.due)
+        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.resumption.due, self.outbound.due)
         streams = self._deadlines.next()
         return due if streams is None else min(due, streams)
 
@@ -255,7 +258,7 @@ class Mux:
         return stream
 
     def ping(self) -> int:
-        """Sends a PING soon. Returns the ``opaque`` of the PONG that will answer it."""
+        """Sends a PING soon, as the pace allows. Returns the ``opaque`` of the PONG that will answer it."""
         opaque = self.liveness.want_ping()
         self.wake()
         return opaque
@@ -296,7 +299,7 @@ class Mux:
         self.liveness.heard(now)
         try:
             used = self.inbound.receive(memoryview(data), now)
-        except (ProtocolError, VersionError) as error:
+        except (ProtocolError, VersionError, CalmError) as error:
             self.end(error, Close(error.code, error.reason))
             return len(data)
         self.bytes_received += used
@@ -340,6 +343,7 @@ class Mux:
         self.inbound.acks.check(now)
         if self.inbound.acks.due:
             self.wake()
+        self.outbound.check(now)
         for stream in self._deadlines.expire(now):
             stream.watch = None
             self._deadline_passed(stream, now)
@@ -403,11 +407,13 @@ class Mux:
 
         Raises:
             ProtocolError: more than were sent.
+            CalmError: nothing new, and that too often.
         """
         flight = self.flight
         if seq > flight.sent:
             raise ProtocolError(f"ACK of {seq} frames; {flight.sent} were sent")
         if seq <= flight.acked:
+            self.inbound.abuse.idle_ack(now)
             return
         flight.on_ack(seq, now)
         if (replay := self.resumption.replay) is not None:
@@ -485,7 +491,7 @@ class Mux:
 
     def reconnected(self) -> None:
         """There is a connection again: whatever was wanted or armed meanwhile is wanted and armed anew."""
-        self.bytes_received = 0
+        self.bytes_received = self.bytes_sent = 0
         self._awake = False
         self.wake()
         self._armed = math.inf

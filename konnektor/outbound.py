@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
+from konnektor.abuse import OWN_HINTS, Allowance
 from konnektor.frames import (
     HEADER_SIZE,
     VERSION,
@@ -52,9 +54,10 @@ class Outbound:
 
     Attributes:
         streams_due: a STREAMS is worth sending.
+        due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hello_sent", "_hold", "_mux", "streams_due")
+    __slots__ = ("_hello_sent", "_hints", "_hold", "_mux", "_waiting", "due", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
@@ -62,6 +65,23 @@ class Outbound:
         self._hold = False
         """Bulk pauses, so that a PING can measure the path."""
         self.streams_due = False
+        self.due = math.inf
+        self._hints = Allowance(*OWN_HINTS)
+        self._waiting: dict[MuxStream, None] = {}
+        """Those whose PRIORITY has to wait."""
+
+    def check(self, now: float) -> None:
+        """Lets what had to wait try again, if it is time."""
+        if now >= self.due:
+            self.due = math.inf
+            waiting, self._waiting = self._waiting, {}
+            for stream in waiting:
+                self._mux.want_control(stream)
+            self._mux.wake()
+
+    def _wait(self, when: float) -> None:
+        self.due = min(self.due, when)
+        self._mux.arm(self.due)
 
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
@@ -119,8 +139,9 @@ class Outbound:
         return len(hello)
 
     def _ping(self, now: float) -> bytes:
-        self._mux.flight.on_ping(now)
-        return Ping(self._mux.liveness.ping(now)).encode()
+        mux = self._mux
+        mux.flight.on_ping(now)
+        return Ping(mux.liveness.ping(now, mux.bytes_sent)).encode()
 
     def _unsequenced(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK and PING, each at most once, as they are now."""
@@ -137,7 +158,11 @@ class Outbound:
             self._hold = mux.flight.probe_wanted(now)
             mux.liveness.ping_due = mux.liveness.ping_due or not self._hold
         if mux.liveness.ping_ready:
-            parts.append(self._ping(now))
+            when = mux.liveness.ping_at(mux.bytes_sent)
+            if now >= when:
+                parts.append(self._ping(now))
+            else:
+                self._wait(when)
         return sum(map(len, parts[before:]))
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
@@ -185,9 +210,15 @@ class Outbound:
             frames.append(Reset(stream.id, stream.reset_code, offset, stream.reset_text).encode())
             stream.move_sending(Event.SENT_END)
         if stream.priority_due:
-            stream.priority_due = False
-            if stream.receiving in (Receiving.OPEN, Receiving.AWAITING):
+            opens = self._mux.admission.opens
+            if stream.receiving not in (Receiving.OPEN, Receiving.AWAITING):
+                stream.priority_due = False
+            elif self._hints.take(opens, now):
+                stream.priority_due = False
                 frames.append(Priority(stream.id, stream.priority, stream.weight).encode())
+            else:
+                self._waiting[stream] = None
+                self._wait(self._hints.ready_at(opens))
         parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.append((self._mux.flight.sent, stream))
