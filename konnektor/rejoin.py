@@ -57,7 +57,6 @@ class Rejoin:
     """
 
     __slots__ = (
-        "_close_frame",
         "_handler",
         "_mux",
         "_nonce",
