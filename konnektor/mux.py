@@ -494,7 +494,6 @@ class Mux:
         self.bytes_received = self.bytes_sent = 0
         self._awake = False
         self.wake()
-        self._armed = math.inf
         if (when := self.next_deadline()) is not None:
             self.arm(when)
 
