@@ -204,9 +204,11 @@ class Driver(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self.mux.write_blocked(clock())
 
     def resume_writing(self) -> None:
         self._paused = False
+        self.mux.write_resumed()
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:

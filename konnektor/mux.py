@@ -259,6 +259,15 @@ class Mux:
         self._close_frame = None
         self.end(SessionError(reason, Code.INTERNAL), None)
 
+    def write_blocked(self, now: float) -> None:
+        """The transport takes no more until ``write_resumed``; if that takes too long, the session ends with TIMEOUT."""
+        self.liveness.write_blocked(now)
+        self.arm(self.liveness.due)
+
+    def write_resumed(self) -> None:
+        """The transport takes more."""
+        self.liveness.write_resumed()
+
     # Receiving and sending
 
     def receive(self, data: Buffer, now: float) -> int:
