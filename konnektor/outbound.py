@@ -77,8 +77,9 @@ class Outbound:
         while opens and size < budget and mux.admission.may_open and mux.pool.reserve():
             size += self._open(opens.popitem(last=False)[0], parts, now)
         more = size >= budget
+        pause = self._measure(parts, now) if mux.scheduler or flight.sent != sent_before else False
         if size < max_bytes and mux.scheduler:
-            size = self._data(parts, size, max_bytes, now)
+            size = self._data(parts, size, max_bytes, now, fresh_only=pause)
             more = more or size >= max_bytes
         if flight.sent != sent_before:
             flight.on_batch(now, limited=not mux.scheduler)
@@ -100,8 +101,22 @@ class Outbound:
         return len(hello)
 
     def _ping(self, now: float) -> bytes:
-        self._mux.flight.on_ping(now)
+        self._mux.flight.on_ping(now, self._mux.bytes_received)
         return Ping(self._mux.liveness.ping(now)).encode()
+
+    def _measure(self, parts: list[Buffer], now: float) -> bool:
+        """Sends a PING if the round trip should be measured again; True if bulk must pause for it.
+
+        Due while sequenced frames flow, also where they are nothing but CREDIT: windows are fitted by it.
+        """
+        mux = self._mux
+        if not mux.liveness.measure_due(now):
+            return False
+        if mux.flight.pause_wanted(now):
+            # A PING behind a queue of our own measures the queue: let it drain first.
+            return True
+        parts.append(self._ping(now))
+        return False
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
@@ -142,7 +157,7 @@ class Outbound:
         if stream.credit_due:
             stream.credit_due = False
             if stream.receiving is Receiving.OPEN:
-                offset = stream.receive_window.grant()
+                offset = stream.receive_window.grant(now, self._mux.flight.rtt_min)
                 if offset is not None:
                     frames.append(Credit(stream.id, offset).encode())
         if stream.stop_due:
@@ -188,22 +203,16 @@ class Outbound:
             mux.drain(MAX_GRACE, now, reason="out of stream ids")
         return len(frame)
 
-    def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float) -> int:
+    def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float, *, fresh_only: bool) -> int:
         mux = self._mux
         scheduler, flight = mux.scheduler, mux.flight
         cap = flight.cap(now)
         frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
         fresh_limit = min(frame_limit, FRESH_PAYLOAD)
         interactive = False
-        hold = False
-        if mux.liveness.measure_due(now):
-            # A PING behind a queue of our own measures the queue: let it drain first.
-            hold = flight.probe_wanted(now)
-            if not hold:
-                parts.append(self._ping(now))
         while size < max_bytes:
             over = flight.in_flight - cap
-            stream = scheduler.next(fresh_only=hold or over >= 0) if over < cap else None
+            stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)

@@ -105,6 +105,7 @@ class SessionStats:
         rtt: smoothed round trip; 0 before it was measured.
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
+        granted_idle: the part of it that streams hold which have had no use for it in the last 30 s.
         pool_free: of the receive pool, neither reserved nor granted.
     """
 
@@ -114,6 +115,7 @@ class SessionStats:
     rtt: float
     in_flight: int
     granted: int
+    granted_idle: int
     pool_free: int
 
 
@@ -399,6 +401,7 @@ class Session:
             rtt=mux.flight.rtt,
             in_flight=mux.flight.in_flight,
             granted=mux.pool.extra,
+            granted_idle=mux.idle_credit(clock()),
             pool_free=mux.pool.free,
         )
 
