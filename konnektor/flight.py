@@ -12,8 +12,8 @@ of data say nothing about the path and do not count, unless they are higher. The
 acknowledging. The gain, 2, lets the cap find a faster path by doubling each round trip. Gain and slack are tight while
 an interactive stream was active, because then delay matters more.
 
-``rtt_min`` is the smallest of the last few *clean* PINGs: those sent with next to nothing of ours in flight, for which
-bulk pauses now and then. One that was answered from behind bulk of the peer's does not count then, or two ends that
+``rtt_min`` is the smallest of the recent *clean* PINGs: those sent with next to nothing of ours in flight, for which
+bulk pauses now and then. When several in a row take longer, the path has become longer, and the older ones are forgotten. One that was answered from behind bulk of the peer's does not count then, or two ends that
 both send bulk would each take the other's queue for a longer path, and drive each other up. What the path can
 take is forgotten at clean PINGs, no sooner. If rates were forgotten by the clock, a path that becomes longer would look
 like a slower one: the cap lets less through per second, which lowers the rate, which lowers the cap, until next to
@@ -34,8 +34,12 @@ GAIN_TIGHT: Final = 1.25
 GAIN_LOOSE: Final = 2.0
 INTERACTIVE_FOR: Final = 1.0
 
-KEPT: Final = 3
-"""Clean PINGs that are remembered: one that met a busy moment at the peer changes nothing."""
+REMEMBERED: Final = 20
+"""Clean PINGs: on a busy machine most of them take longer than the path does."""
+AGREEING: Final = 3
+"""Clean PINGs in a row that say that the path is longer than it was, and the older ones of no use."""
+LONGER: Final = 1.25
+"""They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
 CLEAN_EVERY: Final = 40
@@ -84,9 +88,9 @@ class Flight:
         self._delivered = 0
         self._acked_at = 0.0
         self._first_sent_at = 0.0
-        self._rates: deque[float] = deque([0.0], KEPT + 2)
-        """Highest rate between one clean PONG and the next; these reach further back than ``_paths``."""
-        self._paths: deque[float] = deque(maxlen=KEPT)
+        self._rates: deque[float] = deque([0.0], AGREEING + 2)
+        """Highest rate between one clean PONG and the next; these reach further back than it takes to see a longer path."""
+        self._paths: deque[float] = deque(maxlen=REMEMBERED)
         """Round trips of clean PINGs."""
         self._interactive_at = -math.inf
         self._clean_at = -math.inf
@@ -160,7 +164,12 @@ class Flight:
         sample = max(sample, 1e-6)
         self.rtt = sample if not self.rtt else self.rtt + (sample - self.rtt) / 8
         if self._ping_clean and not (self._ping_paused and received - self._received > CLEAN_FLIGHT):
-            self._paths.append(sample)
+            paths = self._paths
+            paths.append(sample)
+            latest = list(paths)[-AGREEING:]
+            if min(latest) > LONGER * min(paths) + SLACK_LOOSE:
+                paths.clear()
+                paths.extend(latest)
             self._rates.append(0.0)
 
     def on_ack(self, seq: int, now: float) -> None:
