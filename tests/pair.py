@@ -191,22 +191,31 @@ class Side:
     def flush(self, max_bytes=64 * KIB):
         """Writes while the mux is awake and was heard to be."""
         while self.pending and not self.blocked:
-            machine = self.machine
-            args = () if isinstance(machine, Rejoin) else (max_bytes,)
-            data = machine.data_to_send(self.pair.now, *args)
-            if not self.dead:
-                self.wire += data
-            if not machine.awake:
-                self.pending = False
-            else:
-                assert data, "awake, and nothing to send: a driver would stop here for ever"
-            self.check()
+            self.render(max_bytes)
+
+    def render(self, max_bytes):
+        """Writes one batch."""
+        machine = self.machine
+        args = () if isinstance(machine, Rejoin) else (max_bytes,)
+        data = machine.data_to_send(self.pair.now, *args)
+        if not self.dead:
+            self.wire += data
+        if not machine.awake:
+            self.pending = False
+        else:
+            assert data, "awake, and nothing to send: a driver would stop here for ever"
+        self.check()
 
     def deliver(self, count=None):
         """Brings ``count`` bytes of what was written to the peer."""
         count = len(self.wire) if count is None else count
+        data, self.wire[:count] = bytes(self.wire[:count]), b""
+        self.carry(data)
+
+    def carry(self, data):
+        """Brings these bytes to the peer."""
         peer = self.peer
-        data, self.wire[:count] = peer.rest + bytes(self.wire[:count]), b""
+        data = peer.rest + data
         if data:
             machine = peer.machine
             used = machine.receive(data, self.pair.now)

@@ -211,7 +211,12 @@ class MuxModel(RuleBasedStateMachine):
         pair = self.pair
         for _ in range(times):
             pair.reconnect()
-            for side, count in ((pair.client, client), (pair.server, server), (pair.client, 200), (pair.server, server)):
+            for side, count in (
+                (pair.client, client),
+                (pair.server, server),
+                (pair.client, 200),
+                (pair.server, server),
+            ):
                 side.flush()
                 side.deliver(min(count, len(side.wire)))
             pair.cut(client % 97, server % 89)
