@@ -11,6 +11,9 @@ acknowledged between the sending of a batch and its ACK, over the time between. 
 find a faster path by doubling each round trip. Samples of batches that ended for want of data say
 nothing about the path and do not count, unless they are higher. The slack covers the peer's delay in
 acknowledging. Gain and slack are tight while an interactive stream was active, because then delay matters more.
+
+Datagrams are not acknowledged. The connection keeps its order, so a PONG tells that all sent before its PING has
+arrived: until then they are in flight, too, and after REPORT_EVERY bytes of them a PING is wanted for their sake.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ INTERACTIVE_FOR: Final = 1.0
 
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
+REPORT_EVERY: Final = 64 * 1024
+"""Bytes of datagrams after which the peer is asked how far it is."""
 CLEAN_EVERY: Final = 40
 """Round trips between PINGs for which the queue is drained: at most a fortieth of the path is idle for it."""
 
@@ -78,12 +83,12 @@ class WindowedMin:
 
 
 class Flight:
-    """The sequenced frames that were sent, until the peer acknowledges them.
+    """The sequenced frames that were sent, until the peer acknowledges them; and the datagrams, until a PONG does.
 
     Attributes:
         sent: sequenced frames sent.
         acked: of these, acknowledged.
-        in_flight: bytes (headers included) of those between.
+        in_flight: bytes (headers included) of those between, and of datagrams.
         rtt: smoothed round trip in seconds, 0 before the first sample.
     """
 
@@ -97,8 +102,10 @@ class Flight:
         "_floor",
         "_interactive_at",
         "_rate",
+        "_reporting",
         "_rtt_min",
         "_sizes",
+        "_unreported",
         "acked",
         "in_flight",
         "rtt",
@@ -117,6 +124,8 @@ class Flight:
         self._rtt_min = WindowedMin()
         self._interactive_at = float("-inf")
         self._clean_at = float("-inf")
+        self._unreported = 0
+        self._reporting = 0
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
@@ -137,6 +146,21 @@ class Flight:
         self.sent += 1
         self.in_flight += size
         self._sizes.append(size)
+
+    def on_datagram(self, size: int) -> None:
+        """One datagram of ``size`` bytes, header included, went out."""
+        self.in_flight += size
+        self._unreported += size
+
+    @property
+    def report_wanted(self) -> bool:
+        """Whether so much has gone out in datagrams since the last PING that there should be another."""
+        return self._unreported >= REPORT_EVERY
+
+    def forget_datagrams(self) -> None:
+        """They went down with the connection."""
+        self.in_flight -= self._unreported + self._reporting
+        self._unreported = self._reporting = 0
 
     def on_batch(self, now: float, *, limited: bool) -> None:
         """The frames since the last call were one batch; ``limited`` if it ended for want of data."""
@@ -161,12 +185,16 @@ class Flight:
         return self.in_flight > CLEAN_FLIGHT and now - self._clean_at > CLEAN_EVERY * self.rtt
 
     def on_ping(self, now: float) -> None:
-        """A PING goes out."""
+        """A PING goes out, the only one: its PONG reports the datagrams before it."""
+        self._reporting += self._unreported
+        self._unreported = 0
         if self.in_flight <= CLEAN_FLIGHT:
             self._clean_at = now
 
     def on_rtt(self, sample: float, now: float) -> None:
         """A PONG came ``sample`` seconds after its PING."""
+        self.in_flight -= self._reporting
+        self._reporting = 0
         sample = max(sample, 1e-6)
         self.rtt = sample if not self.rtt else self.rtt + (sample - self.rtt) / 8
         self._rtt_min.add(sample, now, RTT_WINDOW)
@@ -209,4 +237,4 @@ class Flight:
     def assert_invariants(self) -> None:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) == self.in_flight
+        assert sum(self._sizes) + self._unreported + self._reporting == self.in_flight

@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 from konnektor.admission import Admission, Role
 from konnektor.credit import Pool
+from konnektor.datagrams import Datagrams
 from konnektor.deadlines import Deadlines
 from konnektor.drain import Drain, Step
 from konnektor.errors import (
@@ -41,17 +42,17 @@ from konnektor.errors import (
     stream_error,
 )
 from konnektor.flight import Flight
-from konnektor.frames import MAX_OPEN, Buffer, Close, OpenTLV, is_type_name
+from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, is_type_name
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
-from konnektor.mux_stream import MuxStream, Sink
+from konnektor.mux_stream import DatagramSink, MuxStream, Sink
 from konnektor.outbound import BATCH, PAYLOAD, Outbound
 from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
 from konnektor.states import Receiving, Sending
 
-__all__ = ["BATCH", "PAYLOAD", "Handler", "Mux", "MuxStream", "Role", "Sink"]
+__all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
 RESET_OWED: Final = 30.0
 """Seconds after the ACK of a STOP or REFUSE within which the peer must have ended its half."""
@@ -95,7 +96,7 @@ class Mux:
         peer: what the peer declared; ``FLOORS`` before its HELLO.
         error: why the session ended, None while it lives.
         streams: those that are on the wire, by id.
-        pool, flight: the receive budget and the estimates of the path; for statistics.
+        pool, flight, datagrams: the receive budget, the estimates of the path, and what is lossy; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
     """
 
@@ -121,6 +122,7 @@ class Mux:
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
+        self.datagrams = Datagrams()
         self.scheduler = Scheduler()
         self.admission = Admission(role, limits.initial_streams)
         self.liveness = Liveness(now, limits.hello_timeout)
@@ -193,6 +195,7 @@ class Mux:
         priority: int = 1,
         deadline: float | None = None,
         tlvs: Mapping[int, bytes] | None = None,
+        datagrams: bool = False,
     ) -> MuxStream:
         """Opens a stream of the type ``name``; the peer's answer comes to the sink.
 
@@ -207,9 +210,11 @@ class Mux:
             priority: 0 interactive, 1 default, 2 bulk.
             deadline: seconds the whole opening may take, at most 300.
             tlvs: more parameters, by ``OpenTLV`` id.
+            datagrams: whether the type carries them.
 
         Raises:
             SessionClosedError: the session is over or draining.
+            UnsupportedError: it is to carry datagrams, and one of the two sides has none.
             LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority.
         """
         if self.error is not None or self.draining:
@@ -222,7 +227,11 @@ class Mux:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"
             )
+        if datagrams and self.hello_received and not self.datagrams.agreed:
+            raise stream_error(Code.UNSUPPORTED, "this session has no datagrams")
         stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT)
+        if datagrams:
+            stream.carry_datagrams()
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
         stream.released = True
@@ -350,6 +359,7 @@ class Mux:
         """The peer's HELLO came."""
         self.peer = peer
         self.hello_received = True
+        self.datagrams.agreed = bool(self.settings.features & peer.features & Feature.DATAGRAM)
         self.admission.allow(peer.initial_streams)
         for stream in (*self.streams.values(), *self.opens):
             # Opened by a client that did not wait; what exceeds the floors may flow from here on.
@@ -392,7 +402,7 @@ class Mux:
         """
         rtt = self.liveness.pong(opaque, now)
         self.flight.on_rtt(rtt, now)
-        if self.liveness.ping_due:
+        if self.liveness.ping_due or self.scheduler:
             self.wake()
         self.handler.pong_received(opaque, rtt)
 
@@ -483,9 +493,18 @@ class Mux:
 
     def schedule(self, stream: MuxStream) -> bool:
         """Queues the stream for sending if it has what to send and may."""
+        if self.has_to_send(stream):
+            self.scheduler.add(stream)
+            return True
+        return False
+
+    def has_to_send(self, stream: MuxStream) -> bool:
+        """Whether the stream has data, datagrams or its FIN to send, and may."""
         sending = stream.sending
         if stream.accept_tlvs is not None or (sending is not Sending.OPEN and sending is not Sending.FINISHING):
             return False
+        if stream.datagrams and self.may_send_datagrams(stream):
+            return True
         pending = stream.queued
         window = stream.send_window
         if pending:
@@ -493,8 +512,18 @@ class Mux:
                 return False
         elif sending is Sending.OPEN:
             return False
-        self.scheduler.add(stream)
         return True
+
+    def may_send_datagrams(self, stream: MuxStream) -> bool:
+        """Whether the peer would take a datagram: not before it has accepted the stream."""
+        return self.datagrams.agreed and stream.receiving not in (Receiving.AWAITING, Receiving.GIVEN_UP)
+
+    def drop_datagrams(self) -> None:
+        """The connection is gone: what waits to be sent is dropped, and nothing of them is in flight any more."""
+        for stream in (*self.streams.values(), *self.opens):
+            if stream.datagrams is not None:
+                stream.datagrams.clear()
+        self.flight.forget_datagrams()
 
     def want_control(self, stream: MuxStream) -> None:
         """The stream has something to say besides data."""
@@ -589,6 +618,8 @@ class Mux:
         self.flight.assert_invariants()
         self.admission.assert_invariants()
         self.leaving.assert_invariants()
+        self.datagrams.outgoing.assert_invariants()
+        self.datagrams.incoming.assert_invariants()
         for stream in (*self.streams.values(), *self.opens):
             stream.assert_invariants()
             assert not stream.forgotten

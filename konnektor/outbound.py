@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from konnektor.datagrams import DatagramQueue
 from konnektor.frames import (
     HEADER_SIZE,
     VERSION,
@@ -11,6 +12,7 @@ from konnektor.frames import (
     Ack,
     Buffer,
     Credit,
+    FrameType,
     Hello,
     Open,
     OpenTLV,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from konnektor.mux import Mux
 
 __all__ = ["BATCH", "Outbound"]
+
+_DATAGRAM: Final = int(FrameType.DATAGRAM)
 
 BATCH: Final = 256 * 1024
 """Bytes of one ``data_to_send``, joined at once and written at once: each write costs a system call and wakes
@@ -161,7 +165,7 @@ class Outbound:
         parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.append((self._mux.flight.sent, stream))
-        if stream.queued or stream.sending is Sending.FINISHING:
+        if stream.queued or stream.datagrams or stream.sending is Sending.FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
@@ -213,6 +217,14 @@ class Outbound:
             if sending is not Sending.OPEN and sending is not Sending.FINISHING:
                 scheduler.finish(stream, 0, now)
                 continue
+            if stream.datagrams is not None:
+                if stream.datagrams and mux.may_send_datagrams(stream):
+                    size += self._datagram(stream, stream.datagrams, parts, now)
+                    continue
+                if not mux.has_to_send(stream):
+                    # What it had was dropped meanwhile: others' were newer.
+                    scheduler.finish(stream, 0, now)
+                    continue
             window = stream.send_window
             pending = stream.queued
             count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit)
@@ -233,6 +245,8 @@ class Outbound:
             if flags == 1:
                 scheduler.finish(stream, frame_size, now)
                 stream.move_sending(Event.SENT_END)
+                if stream.datagrams:
+                    stream.datagrams.clear()
                 mux.settle(stream)
             elif left and not flags:
                 scheduler.charge(stream, frame_size, now)
@@ -243,4 +257,23 @@ class Outbound:
                 stream.sink.writable()
         if interactive:
             flight.on_interactive(now)
+        if flight.report_wanted:
+            mux.liveness.ping_due = True
+            if mux.liveness.ping_ready:
+                parts.append(self._ping(now))
+        return size
+
+    def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:
+        """The stream's oldest datagram."""
+        mux = self._mux
+        data = queue.take()
+        parts.append(data_header(_DATAGRAM, 0, len(data) + 1, stream.id) + b"\0")
+        parts.append(data)
+        size = HEADER_SIZE + 1 + len(data)
+        mux.datagrams.sent += 1
+        mux.flight.on_datagram(size)
+        if mux.has_to_send(stream):
+            mux.scheduler.charge(stream, size, now)
+        else:
+            mux.scheduler.finish(stream, size, now)
         return size

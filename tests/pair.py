@@ -23,6 +23,7 @@ class Recorder:
         self.auto = auto
         self.on = on or {}
         self.data = bytearray()
+        self.datagrams = []
         self.events = []
         self.error = None
         self.is_closed = False
@@ -43,6 +44,12 @@ class Recorder:
         if self.auto:
             self.stream.consumed(len(data))
         self._event("data", len(data))
+
+    def datagram_received(self, data):
+        assert isinstance(data, memoryview)
+        assert "eof" not in self.kinds
+        self.datagrams.append(bytes(data))
+        self._event("datagram", len(data))
 
     def eof_received(self):
         assert "eof" not in self.kinds
@@ -109,6 +116,8 @@ class Side:
         sink.stream = stream
         self.opened.append(stream)
         self.all.append(stream)
+        if stream.name == "udp":
+            stream.carry_datagrams()
         self._event("opened", stream.id)
         if self.on_open is not None:
             self.on_open(stream)
