@@ -90,6 +90,7 @@ class Flight:
         acked: of these, acknowledged.
         in_flight: bytes (headers included) of those between, and of datagrams.
         rtt: smoothed round trip in seconds, 0 before the first sample.
+        unreported: bytes of datagrams since the last PING.
     """
 
     __slots__ = (
@@ -105,11 +106,11 @@ class Flight:
         "_reporting",
         "_rtt_min",
         "_sizes",
-        "_unreported",
         "acked",
         "in_flight",
         "rtt",
         "sent",
+        "unreported",
     )
 
     def __init__(self, floor: int) -> None:
@@ -124,7 +125,7 @@ class Flight:
         self._rtt_min = WindowedMin()
         self._interactive_at = float("-inf")
         self._clean_at = float("-inf")
-        self._unreported = 0
+        self.unreported = 0
         self._reporting = 0
         self.sent = 0
         self.acked = 0
@@ -150,17 +151,17 @@ class Flight:
     def on_datagram(self, size: int) -> None:
         """One datagram of ``size`` bytes, header included, went out."""
         self.in_flight += size
-        self._unreported += size
+        self.unreported += size
 
     @property
     def report_wanted(self) -> bool:
         """Whether so much has gone out in datagrams since the last PING that there should be another."""
-        return self._unreported >= REPORT_EVERY
+        return self.unreported >= REPORT_EVERY
 
     def forget_datagrams(self) -> None:
         """They went down with the connection."""
-        self.in_flight -= self._unreported + self._reporting
-        self._unreported = self._reporting = 0
+        self.in_flight -= self.unreported + self._reporting
+        self.unreported = self._reporting = 0
 
     def on_batch(self, now: float, *, limited: bool) -> None:
         """The frames since the last call were one batch; ``limited`` if it ended for want of data."""
@@ -186,8 +187,8 @@ class Flight:
 
     def on_ping(self, now: float) -> None:
         """A PING goes out, the only one: its PONG reports the datagrams before it."""
-        self._reporting += self._unreported
-        self._unreported = 0
+        self._reporting += self.unreported
+        self.unreported = 0
         if self.in_flight <= CLEAN_FLIGHT:
             self._clean_at = now
 
@@ -237,4 +238,4 @@ class Flight:
     def assert_invariants(self) -> None:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) + self._unreported + self._reporting == self.in_flight
+        assert sum(self._sizes) + self.unreported + self._reporting == self.in_flight

@@ -8,7 +8,8 @@ read. And if the timer itself came late (a paused virtual machine), the silence 
 A peer that talks and yet acknowledges nothing for STUCK seconds is as good as dead: without it,
 what waits for the cap on bytes in flight would wait for ever.
 
-The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow.
+The round trip is measured by PINGs alone, one every PING_INTERVAL while data or datagrams flow. A PING that only asks
+how far the datagrams are (see flight.py) stands behind a queue of theirs: it neither delays nor replaces one that measures.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Liveness:
         "_ping_sent_at",
         "_pinged_at",
         "_progress_at",
+        "_report_out",
         "_silence",
         "due",
         "heard_at",
@@ -59,6 +61,7 @@ class Liveness:
         self._ping_count = 0
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
+        self._report_out = False
         self._progress_at = math.inf
         self.ping_due = False
         self.due = now + hello_timeout
@@ -102,7 +105,16 @@ class Liveness:
 
     def measure_due(self, now: float) -> bool:
         """Whether, data flowing, the round trip should be measured again."""
-        return self._established and self._ping_sent_at is None and now - self._pinged_at >= PING_INTERVAL
+        return (
+            self._established
+            and (self._ping_sent_at is None or self._report_out)
+            and now - self._pinged_at >= PING_INTERVAL
+        )
+
+    @property
+    def ping_out(self) -> bool:
+        """Whether a PING is out: no other may be sent."""
+        return self._ping_sent_at is not None
 
     @property
     def ping_ready(self) -> bool:
@@ -114,11 +126,14 @@ class Liveness:
         self.ping_due = True
         return self._ping_count + 1
 
-    def ping(self, now: float) -> int:
-        """What a PING says that is sent now."""
+    def ping(self, now: float, *, report: bool = False) -> int:
+        """What a PING says that is sent now; ``report`` if it is for the datagrams' sake alone."""
         self.ping_due = False
         self._ping_count += 1
-        self._ping_sent_at = self._pinged_at = now
+        self._ping_sent_at = now
+        self._report_out = report
+        if not report:
+            self._pinged_at = now
         return self._ping_count
 
     # Time

@@ -402,7 +402,7 @@ class Mux:
         """
         rtt = self.liveness.pong(opaque, now)
         self.flight.on_rtt(rtt, now)
-        if self.liveness.ping_due or self.scheduler:
+        if self.liveness.ping_due or self.scheduler or self.flight.report_wanted:
             self.wake()
         self.handler.pong_received(opaque, rtt)
 

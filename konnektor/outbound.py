@@ -103,9 +103,16 @@ class Outbound:
         parts.append(hello)
         return len(hello)
 
-    def _ping(self, now: float) -> bytes:
+    def _ping(self, now: float, *, report: bool = False) -> bytes:
         self._mux.flight.on_ping(now)
-        return Ping(self._mux.liveness.ping(now)).encode()
+        return Ping(self._mux.liveness.ping(now, report=report)).encode()
+
+    def _report(self, parts: list[Buffer], now: float) -> None:
+        """A PING for the datagrams' sake if it is time; where one that measures is due and not disturbed, it is that."""
+        liveness, flight = self._mux.liveness, self._mux.flight
+        if flight.report_wanted and not liveness.ping_out:
+            measures = liveness.measure_due(now) and not flight.probe_wanted(now)
+            parts.append(self._ping(now, report=not measures))
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
@@ -118,6 +125,7 @@ class Outbound:
             parts.append(Ack(inbound.acks.rendered()).encode())
         if mux.liveness.ping_ready:
             parts.append(self._ping(now))
+        self._report(parts, now)
         if self.streams_due:
             self.streams_due = False
             parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))
@@ -203,8 +211,9 @@ class Outbound:
         if mux.liveness.measure_due(now):
             # A PING behind a queue of our own measures the queue: let it drain first.
             hold = flight.probe_wanted(now)
-            if not hold:
-                parts.append(self._ping(now))
+            if not mux.liveness.ping_out and (not hold or flight.unreported):
+                # Of datagrams only a PONG tells that they are gone: then two PINGs, and the second one measures.
+                parts.append(self._ping(now, report=hold))
         while size < max_bytes:
             over = flight.in_flight - cap
             stream = scheduler.next(fresh_only=hold or over >= 0) if over < cap else None
@@ -257,10 +266,7 @@ class Outbound:
                 stream.sink.writable()
         if interactive:
             flight.on_interactive(now)
-        if flight.report_wanted:
-            mux.liveness.ping_due = True
-            if mux.liveness.ping_ready:
-                parts.append(self._ping(now))
+        self._report(parts, now)
         return size
 
     def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:

@@ -469,6 +469,29 @@ def test_a_ping_that_is_out_delays_the_next():
     assert not pair.client.mux.flight.report_wanted and in_flight(pair) < flight.REPORT_EVERY
 
 
+def test_the_path_is_still_measured_without_its_queue():
+    """Under datagrams a PING is nearly always out, behind a queue of theirs; what it takes must not become the cap."""
+    pair = Pair(Limits(initial_streams=20))
+    ours, _theirs = udp(pair)
+    bulk, got = pair.open()
+    mux = pair.client.mux
+    mux.flight.on_rtt(0.01, pair.now)
+    for _ in range(3):
+        # Round trips of 20 ms, full: what is sent arrives, and is answered at its end.
+        for _ in range(50):
+            for _ in range(15):
+                ours.send_datagram(b"x" * 4 * KIB)
+            bulk.write(b"y" * 8 * KIB)
+            pair.client.flush()
+            pair.now += 0.02
+            pair.client.deliver()
+            pair.server.flush()
+            pair.server.deliver()
+        assert pair.now - mux.flight._clean_at < 1
+    pair.pump()
+    assert len(got.sink.data) == 150 * 8 * KIB
+
+
 def test_shares_with_bulk():
     """A stream of datagrams and one of bytes take turns of 64 KiB, both being bulky."""
     pair = Pair(Limits(initial_window=512 * KIB, initial_streams=20))
