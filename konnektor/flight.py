@@ -154,13 +154,18 @@ class Flight:
         self.unreported += size
 
     @property
+    def sequenced(self) -> int:
+        """Of the bytes in flight, those of sequenced frames."""
+        return self.in_flight - self.unreported - self._reporting
+
+    @property
     def report_wanted(self) -> bool:
         """Whether so much has gone out in datagrams since the last PING that there should be another."""
         return self.unreported >= REPORT_EVERY
 
     def forget_datagrams(self) -> None:
         """They went down with the connection."""
-        self.in_flight -= self.unreported + self._reporting
+        self.in_flight = self.sequenced
         self.unreported = self._reporting = 0
 
     def on_batch(self, now: float, *, limited: bool) -> None:
@@ -238,4 +243,4 @@ class Flight:
     def assert_invariants(self) -> None:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) + self.unreported + self._reporting == self.in_flight
+        assert sum(self._sizes) == self.sequenced

@@ -266,7 +266,9 @@ class Outbound:
                 stream.sink.writable()
         if interactive:
             flight.on_interactive(now)
-        self._report(parts, now)
+        if flight.report_wanted and not mux.liveness.ping_out:
+            # It goes ahead of the next batch.
+            mux.wake()
         return size
 
     def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:
