@@ -3,15 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SECONDS ?= 180
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
 PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; print(",".join(m.replace(".", "/") + ".py" for k in c if k["id"] == "pure-core" for m in k["source_modules"]))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench clean curl
+.PHONY: help demo test check compiled test-compiled bench soak clean curl
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-6s", $$2); print }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
 
 demo: curl $(READY) ## show the tunnel at work between real processes
 	@$(BIN)/konnektor demo
@@ -27,8 +28,27 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modules compiled by mypyc (needs a C compiler)
+
+test-compiled: build/compiled/.ready ## run the tests on build/compiled/
+	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs
+
 bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
 	@$(BIN)/python -m bench
+
+soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and openssl; fails on any error or leak
+	@$(BIN)/python -m bench.soak --seconds $(SECONDS)
+
+build/compiled/.ready: $(READY) $(shell find konnektor tests examples contrib -type f -not -name '*.pyc')
+	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
+	@rm -rf build/compiled build/wheel build/source
+	@echo "Compiling (about a minute) ..."
+	@mkdir -p build/compiled build/source && cp -r konnektor README.md LICENSE pyproject.toml build/source/
+	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel ./build/source
+	@cp -r tests examples contrib README.md pyproject.toml build/compiled/
+	@$(BIN)/python -m zipfile -e build/wheel/*.whl build/compiled
+	@touch $@
 
 clean: ## remove .venv/ and everything built or cached
 	rm -rf .venv .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

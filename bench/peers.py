@@ -109,6 +109,10 @@ class Konnektor(Peer):
     def version(self) -> str:
         return subprocess.check_output([self.python, "-m", "konnektor", "--version"], text=True).split()[-1]
 
+    def path_to(self, control_plane: str) -> str:
+        """What the worker dials: the control plane, or what stands before it."""
+        return control_plane
+
     def start(self, targets: Mapping[str, int]) -> None:
         pki = self.directory / "pki"
         base = [self.python, "-m", "konnektor"]
@@ -130,7 +134,7 @@ class Konnektor(Peer):
         found = re.search(rb"tunnel=(\S+)", plane.stdout.readline())
         assert found is not None, f"the control plane did not start: see {self.directory}"
         allow = [f"--allow=127.0.0.1:{port}" for port in targets.values()]
-        worker = self.run(*base, "worker", "--connect", found[1].decode(), *files("node"), *allow, **pipe)
+        worker = self.run(*base, "worker", "--connect", self.path_to(found[1].decode()), *files("node"), *allow, **pipe)
         assert worker.stdout is not None
         assert worker.stdout.readline().startswith(b"ready"), f"the worker did not start: see {self.directory}"
 

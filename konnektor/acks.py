@@ -40,6 +40,10 @@ class Acks:
             self.due_at = math.inf
             self.due = True
 
+    def forget(self) -> None:
+        """The connection is gone: what it took in will be told in other ways."""
+        self.rendered()
+
     def rendered(self) -> int:
         """What the ACK says that is sent now."""
         self.due = False

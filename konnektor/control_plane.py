@@ -22,6 +22,7 @@ from konnektor.errors import (
     SessionClosedError,
     StreamError,
 )
+from konnektor.frames import Feature
 from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
@@ -42,6 +43,8 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
+SUSPENDED: Final = 2
+"""Sessions of one worker that may wait for another connection at a time; the oldest goes first."""
 HANDSHAKES: Final = 512
 """Connections that may be between TCP accept and HELLO; more wait in the kernel's backlog."""
 
@@ -122,7 +125,14 @@ class ControlPlane(Endpoint):
             rules.setdefault(name, []).append(rule)
         allowed = {name: AllowList(of_name) for name, of_name in rules.items()}
         super().__init__(tls, tls.server_context, lambda session: allowed.get(session.peer_name, _NOTHING), limits)
-        self._settings = Settings.of(self.limits, software=SOFTWARE, instance=INSTANCE, name=self.identity.name)
+        self._settings = Settings.of(
+            self.limits,
+            software=SOFTWARE,
+            instance=INSTANCE,
+            name=self.identity.name,
+            features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
+        )
+        self._resumable: dict[bytes, Session] = {}
         self._workers: dict[str, Session] = {}
         self._router = Router(load=self._load)
         self._acceptors: list[Acceptor] = []
@@ -324,6 +334,7 @@ class ControlPlane(Endpoint):
                 settings=self._settings,
                 check_peer=lambda session: self._check_peer(session, peer),
                 check_hello=check_hello,
+                find_session=self._resumable.get,
             )
         except HandshakeError as error:
             if verdict is None:
@@ -345,12 +356,16 @@ class ControlPlane(Endpoint):
         if old is not None:
             assert old.peer_settings is not None
             same_process = bool(settings.instance) and settings.instance == old.peer_settings.instance
-            if not same_process and old.silent_for < DEAD_AFTER:
+            if not same_process and not old.suspended and old.silent_for < DEAD_AFTER:
                 session.close(Code.IDENTITY, f"another process is connected as {name}")
                 here, there = _where(session), _where(old)
                 return f"worker {name} at {here}: another process of that name is connected from {there}"
             self._remove(old)
-            if same_process:
+            if old.suspended:
+                # Its worker would have resumed it, if it could: a restarted one must not leave streams hanging.
+                logger.info("worker %s starts afresh from %s", name, _where(session))
+                old.close(Code.SHUTDOWN, "replaced by a newer session of this worker")
+            elif same_process:
                 logger.info(
                     "worker %s reconnected from %s; its session from %s drains", name, _where(session), _where(old)
                 )
@@ -378,6 +393,10 @@ class ControlPlane(Endpoint):
         self._router.set_routes(name, routes)
         session.on_goaway = self._remove
         session.on_ended = self._gone
+        session.on_suspended = self._suspended
+        session.on_resumed = self._resumed
+        if session.session_id:
+            self._resumable[session.session_id] = session
         self._live.add(session)
         _ = self._spawn(self._see_out(session))
         logger.info("worker %s connected from %s", name, _where(session))
@@ -390,8 +409,26 @@ class ControlPlane(Endpoint):
             self._router.remove(session.peer_name)
             self._publish(WorkerDisconnected(session.peer_name, session))
 
+    def _suspended(self, session: Session) -> None:
+        logger.warning(
+            "lost the connection of worker %s at %s; it may resume its session within %g s",
+            session.peer_name, _where(session), self.limits.resume_grace,
+        )  # fmt: skip
+        waiting = [
+            other for other in self._resumable.values() if other.peer_name == session.peer_name and other.suspended
+        ]
+        for other in waiting[:-SUSPENDED]:
+            other.close(Code.CALM, "too many broken sessions of this worker")
+
+    def _resumed(self, session: Session) -> None:
+        logger.info(
+            "worker %s resumed its session from %s: %d streams go on",
+            session.peer_name, _where(session), session.stream_count,
+        )  # fmt: skip
+
     def _gone(self, session: Session) -> None:
         self._remove(session)
+        self._resumable.pop(session.session_id, None)
         logger.info("worker %s at %s disconnected: %s", session.peer_name, _where(session), session.error)
 
     async def _see_out(self, session: Session) -> None:

@@ -3,7 +3,8 @@
 Reading: the transport fills a shared buffer, the multiplexer parses it in place, and only the beginning
 of a frame that is not all there is kept. Writing: what one turn of the loop produces is joined into one
 ``transport.write`` (64 KiB at a time), and nothing is pulled while the transport is full: data waits where
-the scheduler can still choose. One timer serves every deadline.
+the scheduler can still choose. One timer serves every deadline; it belongs to the session, which may outlive its
+connection.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable
-from typing import Final, cast
+from typing import Any, Final, Protocol, cast
 
-from konnektor.errors import Code
-from konnektor.mux import Mux
+from konnektor.errors import Code, SessionError
 from konnektor.scratch import Scratch, scratch
 
-__all__ = ["Driver", "clock"]
+__all__ = ["Alarm", "Driver", "Machine", "clock"]
 
 clock: Final = time.monotonic
 """The time for the multiplexer. The same scale as the loop's own, but uvloop's moves once a turn, by milliseconds:
@@ -33,6 +34,66 @@ CLOSE_TIMEOUT: Final = 5.0
 logger: Final = logging.getLogger("konnektor.driver")
 
 
+class Machine(Protocol):
+    """What a driver drives: a ``Mux``, or a ``Rejoin`` on the way to one."""
+
+    @property
+    def awake(self) -> bool:
+        """Whether ``data_to_send`` has something."""
+
+    @property
+    def error(self) -> SessionError | None:
+        """Why it is over."""
+
+    @property
+    def hello_received(self) -> bool:
+        """Whether the peer has spoken."""
+
+    def receive(self, data: memoryview, now: float, /) -> int:
+        """Takes in whole frames; returns how many bytes that were."""
+
+    def data_to_send(self, now: float, /) -> bytes:
+        """What to write next."""
+
+    def close(self, code: int, reason: str, /) -> None:
+        """Ends it, with a CLOSE."""
+
+
+class Alarm:
+    """One timer, for the earliest of a session's deadlines.
+
+    Args:
+        ring: called at the time; what it raises is a defect, and goes to ``fail``.
+    """
+
+    __slots__ = ("_fail", "_loop", "_ring", "_timer")
+
+    def __init__(self, ring: Callable[[float], None], fail: Callable[[Exception], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ring = ring
+        self._fail = fail
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, when: float) -> None:
+        """Rings at ``when`` instead of whenever it would have."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._now)
+
+    def stop(self) -> None:
+        """Does not ring."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _now(self) -> None:
+        self._timer = None
+        try:
+            self._ring(clock())
+        except Exception as error:  # noqa: BLE001
+            self._fail(error)
+
+
 class Driver(asyncio.BufferedProtocol):
     """Moves bytes between a transport and a multiplexer.
 
@@ -41,7 +102,8 @@ class Driver(asyncio.BufferedProtocol):
         on_lost: the transport is gone; its exception, if it had one.
 
     Attributes:
-        mux: set by the session, which is its handler and forwards ``output_pending`` and ``deadline_moved``.
+        mux: set by the session, which is its handler and forwards ``output_pending``. It may be exchanged for another
+            while it receives: the rest of what came is then the other's.
         transport: the connection (after TLS), None before and after.
     """
 
@@ -54,7 +116,6 @@ class Driver(asyncio.BufferedProtocol):
         "_paused",
         "_rest",
         "_scratch",
-        "_timer",
         "mux",
         "transport",
     )
@@ -64,7 +125,7 @@ class Driver(asyncio.BufferedProtocol):
         on_connected: Callable[[asyncio.Transport], None],
         on_lost: Callable[[Exception | None], None],
     ) -> None:
-        self.mux: Mux
+        self.mux: Machine
         self._loop = asyncio.get_running_loop()
         self._on_connected = on_connected
         self._on_lost = on_lost
@@ -73,8 +134,26 @@ class Driver(asyncio.BufferedProtocol):
         self._rest = b""
         self._paused = False
         self._flush_scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
         self._close_timer: asyncio.TimerHandle | None = None
+
+    async def connect(
+        self, role: str, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None, *, within: float
+    ) -> None:
+        """Gets its transport, on a connected socket, which it closes if it cannot; ``within`` bounds the TLS handshake."""
+        tls_args: dict[str, Any] = {}
+        if tls is not None:
+            tls_args = {"ssl": tls, "ssl_handshake_timeout": within, "ssl_shutdown_timeout": 5.0}
+        try:
+            sock.setblocking(False)
+            if role == "client":
+                if tls is not None:
+                    tls_args["server_hostname"] = server_name
+                await self._loop.create_connection(lambda: self, sock=sock, **tls_args)
+            else:
+                await self._loop.connect_accepted_socket(lambda: self, sock, **tls_args)
+        except BaseException:
+            sock.close()
+            raise
 
     # What the multiplexer says
 
@@ -83,19 +162,6 @@ class Driver(asyncio.BufferedProtocol):
         if not self._flush_scheduled and self.transport is not None:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
-
-    def deadline_moved(self, when: float) -> None:
-        """Sets the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._timeout)
-
-    def _timeout(self) -> None:
-        self._timer = None
-        try:
-            self.mux.handle_timeout(clock())
-        except Exception as error:  # noqa: BLE001
-            self._fail(error)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
@@ -109,9 +175,9 @@ class Driver(asyncio.BufferedProtocol):
                     break
                 transport.write(data)
         except Exception as error:  # noqa: BLE001
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """A defect, in the multiplexer or in a sink: this session ends, others do not."""
         logger.error("internal error", exc_info=error)
         try:
@@ -129,9 +195,6 @@ class Driver(asyncio.BufferedProtocol):
         the connection, and that may destroy the CLOSE on its way. Under TLS the exchange of close_notify does this.
         """
         transport = self.transport
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if transport is None or self._close_timer is not None:
             return
         self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
@@ -150,6 +213,25 @@ class Driver(asyncio.BufferedProtocol):
         """Drops the connection."""
         if self.transport is not None:
             self.transport.abort()
+
+    def detach(self) -> None:
+        """Drops the connection, of which nothing more will be heard: the session goes on without it."""
+        transport, self.transport = self.transport, None
+        self._on_lost = _nobody
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+            self._close_timer = None
+        if transport is not None:
+            transport.abort()
+
+    def hand_over(
+        self,
+        on_connected: Callable[[asyncio.Transport], None],
+        on_lost: Callable[[Exception | None], None],
+        mux: Machine,
+    ) -> None:
+        """The connection is another session's from now on."""
+        self._on_connected, self._on_lost, self.mux = on_connected, on_lost, mux
 
     # What the transport says
 
@@ -171,7 +253,7 @@ class Driver(asyncio.BufferedProtocol):
         try:
             self._on_connected(transport)
         except Exception as error:  # noqa: BLE001
-            self._fail(error)
+            self.fail(error)
         if self.mux.awake:
             self.output_pending()
 
@@ -187,13 +269,20 @@ class Driver(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         shared = self._scratch
         assert shared is not None
+        if self.transport is None:
+            # Detached between the two calls: what came now was never taken in, and the peer will send it again.
+            self._scratch = None
+            return
         size = len(self._rest) + nbytes
         shared.busy = True
         try:
-            used = self.mux.receive(shared.view[:size], clock())
+            mux = self.mux
+            used = mux.receive(shared.view[:size], clock())
+            if self.mux is not mux:
+                used += self.mux.receive(shared.view[used:size], clock())
             self._rest = bytes(shared.view[used:size]) if used < size else b""
         except Exception as error:  # noqa: BLE001
-            self._fail(error)
+            self.fail(error)
         finally:
             shared.busy = False
             self._scratch = None
@@ -211,11 +300,13 @@ class Driver(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        for timer in (self._timer, self._close_timer):
-            if timer is not None:
-                timer.cancel()
-        self._timer = None
+        if self._close_timer is not None:
+            self._close_timer.cancel()
         try:
             self._on_lost(exc)
         except Exception:
             logger.exception("internal error while closing")
+
+
+def _nobody(_exc: Exception | None) -> None:
+    """Whom the loss of a connection concerns that the session has left."""

@@ -88,6 +88,7 @@ class Flight:
     Attributes:
         sent: sequenced frames sent.
         acked: of these, acknowledged.
+        delivered: their bytes.
         in_flight: bytes (headers included) of those between, and of datagrams.
         rtt: smoothed round trip in seconds, 0 before the first sample.
         unreported: bytes of datagrams since the last PING.
@@ -98,7 +99,6 @@ class Flight:
         "_batched",
         "_batches",
         "_clean_at",
-        "_delivered",
         "_first_sent_at",
         "_floor",
         "_interactive_at",
@@ -107,6 +107,7 @@ class Flight:
         "_rtt_min",
         "_sizes",
         "acked",
+        "delivered",
         "in_flight",
         "rtt",
         "sent",
@@ -118,7 +119,7 @@ class Flight:
         self._sizes: deque[int] = deque()
         self._batches: deque[tuple[int, float, int, float, float, bool]] = deque()
         self._batched = 0
-        self._delivered = 0
+        self.delivered = 0
         self._acked_at = 0.0
         self._first_sent_at = 0.0
         self._rate = WindowedMax()
@@ -176,7 +177,7 @@ class Flight:
             # Nothing was in flight before: the path's clock starts here.
             self._acked_at = self._first_sent_at = now
         self._batched = self.sent
-        self._batches.append((self.sent, now, self._delivered, self._acked_at, self._first_sent_at, limited))
+        self._batches.append((self.sent, now, self.delivered, self._acked_at, self._first_sent_at, limited))
 
     def on_interactive(self, now: float) -> None:
         """A small stream was served while bulky ones waited."""
@@ -213,7 +214,7 @@ class Flight:
             freed += sizes.popleft()
         self.acked = seq
         self.in_flight -= freed
-        self._delivered += freed
+        self.delivered += freed
         batches = self._batches
         last = None
         while batches and batches[0][0] <= seq:
@@ -225,9 +226,18 @@ class Flight:
             # The slower of sending and acknowledging: ACKs that were held up and come together prove no speed.
             elapsed = max(now - acked_at, sent_at - first_sent_at)
             if elapsed > 0:
-                rate = (self._delivered - delivered) / elapsed
+                rate = (self.delivered - delivered) / elapsed
                 if not limited or rate > self.rate:
                     self._rate.add(rate, now, max(RATE_WINDOW, 10 * self.rtt))
+
+    def reconnected(self) -> None:
+        """What is in flight goes again, on another path: estimates start anew."""
+        self._batches.clear()
+        self._batched = self.sent
+        self._rate = WindowedMax()
+        self._rtt_min = WindowedMin()
+        self._clean_at = float("-inf")
+        self.rtt = 0.0
 
     def cap(self, now: float) -> int:
         """How many bytes may be in flight at ``now``."""

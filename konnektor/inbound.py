@@ -31,6 +31,7 @@ from konnektor.frames import (
     FrameType,
     Goaway,
     Hello,
+    HelloTLV,
     Open,
     OpenTLV,
     Ping,
@@ -38,6 +39,7 @@ from konnektor.frames import (
     Priority,
     Refuse,
     Reset,
+    Resume,
     Stop,
     Streams,
     check_header,
@@ -45,6 +47,7 @@ from konnektor.frames import (
 )
 from konnektor.limits import MAX_DEADLINE
 from konnektor.mux_stream import MuxStream
+from konnektor.replay import Ticket
 from konnektor.settings import Settings
 from konnektor.states import Event, Receiving, Sending
 
@@ -92,8 +95,8 @@ class Inbound:
                 self._data(streams[stream_id], flags, view[body:stop], length)
             else:
                 check_header(kind, flags, length, stream_id, max_frame)
-                if not mux.hello_received and kind not in _BEFORE_HELLO:
-                    raise ProtocolError(f"a frame of type 0x{kind:02x} before HELLO")
+                if not mux.hello_received:
+                    self._check_first(kind)
                 if stop > end:
                     break
                 frame = decode(kind, flags, stream_id, view[body:stop], max_frame)
@@ -137,6 +140,11 @@ class Inbound:
                 stream.sink.eof_received()
             self._mux.settle(stream)
 
+    def _check_first(self, kind: int) -> None:
+        rejoining = self._mux.resumption.rejoining
+        if kind not in (_BEFORE_RESUME if rejoining else _BEFORE_HELLO):
+            raise ProtocolError(f"a frame of type 0x{kind:02x} before {'RESUME' if rejoining else 'HELLO'}")
+
     def _frame(self, frame: Frame, pos: int, now: float) -> None:
         mux = self._mux
         match frame:
@@ -176,6 +184,8 @@ class Inbound:
                 mux.goaway(code, grace_ms / 1000, text)
             case Hello():
                 self._hello(frame)
+            case Resume() if mux.resumption.rejoining:
+                mux.handler.resume_requested(frame, mux.resumption.client_nonce + mux.nonce)
             case Close(code, text):
                 mux.end(session_error(code, text), None)
             case Datagram():
@@ -201,7 +211,13 @@ class Inbound:
             raise VersionError(
                 f"no version in common: this side speaks {VERSION}, the peer {frame.vmin} to {frame.vmax}"
             )
-        self._mux.established_with(Settings.from_tlvs(frame.tlvs))
+        mux = self._mux
+        if HelloTLV.RESUME_INTENT in frame.tlvs:
+            if mux.role == "client":
+                raise ProtocolError("RESUME_INTENT in a server's HELLO")
+            mux.resumption.intended(frame.nonce)
+            return
+        mux.established_with(Settings.from_tlvs(frame.tlvs), Ticket.from_tlvs(frame.tlvs))
 
     def _open(self, frame: Open, now: float) -> None:
         mux = self._mux
@@ -340,4 +356,5 @@ class _Unset:
 
 
 _UNSET: Final = _Unset()
+_BEFORE_RESUME: Final = (int(FrameType.RESUME), int(FrameType.CLOSE))
 _BEFORE_HELLO: Final = (int(FrameType.HELLO), int(FrameType.CLOSE))

@@ -32,6 +32,8 @@ _FLOORS: Final[dict[str, float]] = {
     "hello_timeout": 0.1,
     "open_deadline": 0.001,
     "flight_floor": 64 * KIB,
+    "resume_grace": 0,
+    "replay_buffer": 256 * KIB,
 }
 _CEILINGS: Final[dict[str, float]] = {
     "max_frame": 65_535,
@@ -39,6 +41,7 @@ _CEILINGS: Final[dict[str, float]] = {
     "initial_streams": 1_000_000,
     "open_deadline": MAX_DEADLINE,
     "idle_timeout": 86_400,
+    "resume_grace": 86_400,
 }
 
 
@@ -62,6 +65,8 @@ class Limits:
         hello_timeout: longest wait for the peer's HELLO.
         open_deadline: how long an OPEN waits for its answer unless it says otherwise.
         flight_floor: bytes that may always be unacknowledged, whatever the estimates say.
+        resume_grace: how long a session whose connection broke waits for another; 0: not at all.
+        replay_buffer: bytes that may be unacknowledged at most; they are kept to be sent again.
 
     Raises:
         ConfigurationError: a value is out of range, or the values do not fit together.
@@ -79,6 +84,8 @@ class Limits:
     hello_timeout: float = 10.0
     open_deadline: float = 30.0
     flight_floor: int = 256 * KIB
+    resume_grace: float = 60.0
+    replay_buffer: int = 16 * MIB
 
     def __post_init__(self) -> None:
         for field in fields(self):

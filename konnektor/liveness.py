@@ -80,6 +80,20 @@ class Liveness:
         self.due = self.heard_at + self._silence
         self.ping_due = True
 
+    def suspended(self) -> None:
+        """The connection is gone: nothing is expected."""
+        self._ping_sent_at = None
+        self._progress_at = math.inf
+        self.ping_due = False
+        self.due = math.inf
+
+    def resumed(self, now: float, *, waiting: bool) -> None:
+        """There is another connection; ``waiting`` for what was sent on the old one to be acknowledged."""
+        self.heard(now)
+        self.due = now + self._silence
+        self._progress_at = now if waiting else math.inf
+        self.ping_due = True
+
     def pong(self, opaque: int, now: float) -> float:
         """A PONG came; the round trip in seconds.
 

@@ -42,12 +42,14 @@ from konnektor.errors import (
     stream_error,
 )
 from konnektor.flight import Flight
-from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, is_type_name
+from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, is_type_name
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
 from konnektor.mux_stream import DatagramSink, MuxStream, Sink
 from konnektor.outbound import BATCH, PAYLOAD, Outbound
+from konnektor.replay import Ticket
+from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
 from konnektor.states import Receiving, Sending
@@ -76,6 +78,12 @@ class Handler(Protocol):
     def pong_received(self, opaque: int, rtt: float) -> None:
         """A ping came back."""
 
+    def connection_dead(self, reason: str) -> None:
+        """The peer does not answer: drop the connection, and ``suspend``."""
+
+    def resume_requested(self, frame: Resume, nonces: bytes) -> None:
+        """The peer wants to go on with an older session over this connection: ``grant_resume`` there, or refuse."""
+
     def goaway_received(self, code: int, grace: float, reason: str) -> None:
         """The peer takes no more streams and leaves within ``grace`` seconds."""
 
@@ -91,6 +99,7 @@ class Mux:
         settings: what to declare in HELLO (``Settings.of(limits, ...)``).
         nonce: 32 random bytes.
         now: the time.
+        ticket: of a server that lets its clients resume (``settings.features`` says so, too).
 
     Attributes:
         peer: what the peer declared; ``FLOORS`` before its HELLO.
@@ -98,10 +107,19 @@ class Mux:
         streams: those that are on the wire, by id.
         pool, flight, datagrams: the receive budget, the estimates of the path, and what is lossy; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
+        resumption: how the session outlives its connection.
     """
 
     def __init__(
-        self, role: Role, handler: Handler, limits: Limits, settings: Settings, *, nonce: bytes, now: float
+        self,
+        role: Role,
+        handler: Handler,
+        limits: Limits,
+        settings: Settings,
+        *,
+        nonce: bytes,
+        now: float,
+        ticket: Ticket | None = None,
     ) -> None:
         self.role = role
         self.handler = handler
@@ -129,6 +147,7 @@ class Mux:
         self.leaving = Drain()
         self.inbound = Inbound(self)
         self.outbound = Outbound(self)
+        self.resumption = Resumption(self, ticket, offered=bool(settings.features & Feature.RESUME))
         self._deadlines: Deadlines[MuxStream] = Deadlines()
 
         self.hello_received = False
@@ -163,7 +182,8 @@ class Mux:
     @property
     def may_speak(self) -> bool:
         """Whether anything but CLOSE may be sent: the server waits for the client's HELLO, and judges it first."""
-        return self.hello_received or self.role == "client"
+        resumption = self.resumption
+        return not resumption.suspended and (self.hello_received or resumption.rejoining or self.role == "client")
 
     @property
     def received_at(self) -> float:
@@ -179,7 +199,7 @@ class Mux:
         """When ``handle_timeout`` should be called, None if never."""
         if self.error is not None:
             return None
-        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due)
+        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.resumption.due)
         streams = self._deadlines.next()
         return due if streams is None else min(due, streams)
 
@@ -215,10 +235,13 @@ class Mux:
         Raises:
             SessionClosedError: the session is over or draining.
             UnsupportedError: it is to carry datagrams, and one of the two sides has none.
+            StreamError: its connection has been broken for longer than a moment.
             LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority.
         """
         if self.error is not None or self.draining:
             raise SessionClosedError("the session is closed" if self.error else "the session is draining")
+        if self.resumption.given_up:
+            raise unreachable()
         if priority not in (0, 1, 2):
             raise LocalProtocolError(f"priority {priority}: there are 0, 1 and 2")
         params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
@@ -258,6 +281,8 @@ class Mux:
         if first:
             self.wake()
             self._fail_opens("this side is draining")
+        if self.resumption.suspended:
+            self._drain_on(now)
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         """Ends the session now: every stream fails with SessionLost, CLOSE is the last frame."""
@@ -292,6 +317,7 @@ class Mux:
             self._drain_on(now)
         parts: list[Buffer] = []
         self._awake = False
+        sequenced = self.flight.sequenced
         if self.error is None:
             # What sinks add meanwhile needs no call of output_pending: whoever called is asked to come again.
             self._rendering = True
@@ -309,6 +335,11 @@ class Mux:
                 parts.append(self._close_frame)
                 self._close_frame = None
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
+        replay = self.resumption.replay
+        if replay is not None and (new := self.flight.sequenced - sequenced):
+            lossy = frozenset(self.outbound.lossy)
+            kept = b"".join(part for at, part in enumerate(parts) if at not in lossy) if lossy else data
+            replay.keep(kept, len(kept) - new)
         self.bytes_sent += len(data)
         return data
 
@@ -325,6 +356,8 @@ class Mux:
             self._deadline_passed(stream, now)
         if now >= self.liveness.due:
             self._check_alive(now)
+        if now >= self.resumption.due:
+            self.resumption.check(now)
         if self.leaving.begun:
             self._drain_on(now)
         if (when := self.next_deadline()) is not None:
@@ -332,7 +365,9 @@ class Mux:
 
     def _check_alive(self, now: float) -> None:
         verdict = self.liveness.check(now, self.flight.rtt)
-        if verdict is not None:
+        if verdict is not None and self.resumption.possible:
+            self.handler.connection_dead(verdict)
+        elif verdict is not None:
             self.end(PeerTimeoutError(verdict), Close(Code.TIMEOUT, verdict))
         elif self.liveness.ping_ready:
             self.wake()
@@ -350,14 +385,19 @@ class Mux:
         elif stream.sending is Sending.UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
         elif stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+            if self.resumption.suspended:
+                # Nothing can come: the peer has its time once the connection is back.
+                self.watch(stream, now + RESET_OWED)
+                return
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
 
     # What the session's own frames do
 
-    def established_with(self, peer: Settings) -> None:
-        """The peer's HELLO came."""
+    def established_with(self, peer: Settings, ticket: Ticket | None) -> None:
+        """The peer's HELLO came; a server's may hold a ticket."""
         self.peer = peer
+        self.resumption.agreed(ticket, both=bool(self.settings.features & peer.features & Feature.RESUME))
         self.hello_received = True
         self.datagrams.agreed = bool(self.settings.features & peer.features & Feature.DATAGRAM)
         self.admission.allow(peer.initial_streams)
@@ -382,6 +422,8 @@ class Mux:
         if seq <= flight.acked:
             return
         flight.on_ack(seq, now)
+        if (replay := self.resumption.replay) is not None:
+            replay.release(flight.delivered)
         self.liveness.acked(now, all_of_it=seq == flight.sent)
         owed = self.owed
         while owed and owed[0][0] <= seq:
@@ -389,7 +431,8 @@ class Mux:
             if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
-        if self.scheduler:
+        if self.scheduler or self.control or self.opens:
+            # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
         if self.leaving.begun:
             self._drain_on(now)
@@ -420,6 +463,9 @@ class Mux:
         """Takes the steps of the drain that are possible now."""
         leaving, flight = self.leaving, self.flight
         while self.error is None:
+            if self.resumption.suspended and not self.streams:
+                self.close(leaving.code, leaving.reason)
+                return
             quiet = not self.control and flight.acked == flight.sent
             match leaving.step(now, acked=flight.acked, streams=bool(self.streams), quiet=quiet):
                 case Step.WAIT:
@@ -439,6 +485,34 @@ class Mux:
         for stream in list(self.opens):
             if stream.sending is Sending.UNSENT:
                 self._abandon(stream, stream_error(Code.LIMIT, reason, refused=True))
+
+    def fail_pending(self) -> None:
+        """The connection did not come back at once: what the peer has not accepted can be tried elsewhere."""
+        for stream in list(self.opens):
+            if stream.sending is Sending.UNSENT:
+                self._abandon(stream, unreachable())
+        for stream in list(self.streams.values()):
+            if stream.receiving is Receiving.AWAITING:
+                stream.break_off(unreachable(), Code.CANCELLED)
+
+    def reconnected(self) -> None:
+        """There is a connection again: whatever was wanted or armed meanwhile is wanted and armed anew."""
+        self.bytes_received = 0
+        self._awake = False
+        self.wake()
+        self._armed = math.inf
+        if (when := self.next_deadline()) is not None:
+            self.arm(when)
+
+    def disconnected(self, now: float) -> None:
+        """There is no connection: nothing of its state matters any more, and a drain need not wait for the peer."""
+        self.inbound.pong = None
+        self.inbound.acks.forget()
+        self.liveness.suspended()
+        self.drop_datagrams()
+        self.arm(self.resumption.due)
+        if self.leaving.begun:
+            self._drain_on(now)
 
     def give_up(self, stream: MuxStream) -> None:
         """An OPEN that is not on the wire is cancelled."""

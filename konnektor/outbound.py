@@ -14,6 +14,7 @@ from konnektor.frames import (
     Credit,
     FrameType,
     Hello,
+    HelloTLV,
     Open,
     OpenTLV,
     Ping,
@@ -55,22 +56,40 @@ class Outbound:
 
     Attributes:
         streams_due: a STREAMS is worth sending.
+        lossy: which parts of the latest batch are datagrams: they are not sent again.
     """
 
-    __slots__ = ("_hello_sent", "_mux", "streams_due")
+    __slots__ = ("_hello_sent", "_hold", "_mux", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._hello_sent = False
+        self._hold = False
+        """Bulk pauses, so that a PING can measure the path."""
         self.streams_due = False
+        self.lossy: list[int] = []
 
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
         mux = self._mux
+        self.lossy = []
         if not mux.may_speak:
             return False
         size = self._hello(parts)
+        if mux.resumption.rejoining:
+            return False
+        if mux.resumption.greeting:
+            parts.append(mux.resumption.greeting)
+            mux.resumption.greeting = b""
+        # What is not sequenced stands first in its batch: the rest of it, but datagrams, is what is kept to be sent again.
+        size += self._unsequenced(parts, now)
         flight = mux.flight
+        if mux.resumption.replaying:
+            parts.append(mux.resumption.replaying.popleft())
+            return True
+        if mux.resumption.replay is not None and flight.sequenced >= mux.limits.replay_buffer:
+            # Full, it blocks; it never trims.
+            return False
         sent_before = flight.sent
         size += self._session_control(parts, now)
         # Beyond its quarter control waits for the next batch, so that no flood of it starves the data.
@@ -99,6 +118,9 @@ class Outbound:
         # One reserved id, different each time, so that peers learn to skip what they do not know.
         grease = (nonce[0] & 0xF0 | 0x0A) << 8 | nonce[1] & 0xF0 | 0x0A
         tlvs[grease] = nonce[2 : 2 + nonce[2] % 8]
+        if self._mux.role == "server" and (ticket := self._mux.resumption.ticket) is not None:
+            tlvs[HelloTLV.SESSION_ID] = ticket.session_id
+            tlvs[HelloTLV.RESUME_KEY] = ticket.key
         hello = Hello(VERSION, VERSION, nonce, tlvs).encode()
         parts.append(hello)
         return len(hello)
@@ -107,15 +129,8 @@ class Outbound:
         self._mux.flight.on_ping(now)
         return Ping(self._mux.liveness.ping(now, report=report)).encode()
 
-    def _report(self, parts: list[Buffer], now: float) -> None:
-        """A PING for the datagrams' sake if it is time; where one that measures is due and not disturbed, it is that."""
-        liveness, flight = self._mux.liveness, self._mux.flight
-        if flight.report_wanted and not liveness.ping_out:
-            measures = liveness.measure_due(now) and not flight.probe_wanted(now)
-            parts.append(self._ping(now, report=not measures))
-
-    def _session_control(self, parts: list[Buffer], now: float) -> int:
-        """PONG, ACK, PING, STREAMS and GOAWAY, each at most once, as they are now."""
+    def _unsequenced(self, parts: list[Buffer], now: float) -> int:
+        """PONG, ACK and PING, each at most once, as they are now."""
         mux, inbound = self._mux, self._mux.inbound
         before = len(parts)
         if inbound.pong is not None:
@@ -123,9 +138,22 @@ class Outbound:
             inbound.pong = None
         if inbound.acks.due:
             parts.append(Ack(inbound.acks.rendered()).encode())
+        self._hold = False
+        if mux.scheduler and mux.liveness.measure_due(now):
+            # A PING behind a queue of our own measures the queue: let it drain first.
+            self._hold = mux.flight.probe_wanted(now)
+            mux.liveness.ping_due = mux.liveness.ping_due or not self._hold
         if mux.liveness.ping_ready:
             parts.append(self._ping(now))
-        self._report(parts, now)
+        elif not mux.liveness.ping_out and (mux.flight.report_wanted or (self._hold and mux.flight.unreported)):
+            # Of datagrams only a PONG tells that they are gone: where they are in its way, the next one measures.
+            parts.append(self._ping(now, report=True))
+        return sum(map(len, parts[before:]))
+
+    def _session_control(self, parts: list[Buffer], now: float) -> int:
+        """STREAMS and GOAWAY, each at most once, as they are now."""
+        mux = self._mux
+        before = len(parts)
         if self.streams_due:
             self.streams_due = False
             parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))
@@ -207,16 +235,11 @@ class Outbound:
         frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
         fresh_limit = min(frame_limit, FRESH_PAYLOAD)
         interactive = False
-        hold = False
-        if mux.liveness.measure_due(now):
-            # A PING behind a queue of our own measures the queue: let it drain first.
-            hold = flight.probe_wanted(now)
-            if not mux.liveness.ping_out and (not hold or flight.unreported):
-                # Of datagrams only a PONG tells that they are gone: then two PINGs, and the second one measures.
-                parts.append(self._ping(now, report=hold))
+        if mux.resumption.replay is not None:
+            cap = min(cap, mux.limits.replay_buffer)
         while size < max_bytes:
             over = flight.in_flight - cap
-            stream = scheduler.next(fresh_only=hold or over >= 0) if over < cap else None
+            stream = scheduler.next(fresh_only=self._hold or over >= 0) if over < cap else None
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)
@@ -275,6 +298,7 @@ class Outbound:
         """The stream's oldest datagram."""
         mux = self._mux
         data = queue.take()
+        self.lossy += (len(parts), len(parts) + 1)
         parts.append(data_header(_DATAGRAM, 0, len(data) + 1, stream.id) + b"\0")
         parts.append(data)
         size = HEADER_SIZE + 1 + len(data)

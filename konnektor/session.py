@@ -19,10 +19,11 @@ import anyio
 import anyio.abc
 
 from konnektor.addresses import format_hostport
-from konnektor.driver import Driver, clock
+from konnektor.driver import Alarm, Driver, clock
 from konnektor.errors import (
     Code,
     HandshakeError,
+    IdentityError,
     KonnektorError,
     LocalProtocolError,
     PeerError,
@@ -32,9 +33,12 @@ from konnektor.errors import (
     StreamError,
     describe,
 )
+from konnektor.frames import Feature, Resume
 from konnektor.handshake import explain
 from konnektor.limits import Limits
 from konnektor.mux import Mux, MuxStream, Role, Sink
+from konnektor.reconnection import Reconnection
+from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
 from konnektor.settings import Settings
 from konnektor.states import Sending
 from konnektor.stream import Inbox, Stream
@@ -108,6 +112,7 @@ class SessionStats:
         pool_free: of the receive pool, neither reserved nor granted.
         datagrams_sent, datagrams_received: on the wire, ever.
         datagrams_dropped: thrown away here, ever: pushed out by newer ones, or nobody could take them.
+        resumed: how often it went on over another connection.
     """
 
     streams: int
@@ -120,6 +125,7 @@ class SessionStats:
     datagrams_sent: int
     datagrams_received: int
     datagrams_dropped: int
+    resumed: int
 
 
 class Session:
@@ -135,7 +141,10 @@ class Session:
         remote_address: as the socket says.
         ssl_object: of the connection, None before it is there and without TLS.
         loop: the event loop it runs on.
+        resumed_session: the older session that went on over this one's connection, whereupon this one ended.
         on_goaway: called when the peer drains.
+        on_suspended: called when the connection broke and the session waits for another.
+        on_resumed: called when it has one.
         on_ended: called once, when the session is over; its connection may take a moment more to close.
     """
 
@@ -148,6 +157,7 @@ class Session:
         settings: Settings | None = None,
         check_peer: Callable[[Session], None] | None = None,
         check_hello: Callable[[Session], None] | None = None,
+        find_session: Callable[[bytes], Session | None] | None = None,
     ) -> None:
         self.loop: Final = asyncio.get_running_loop()
         self.number = next(_numbers)
@@ -166,25 +176,39 @@ class Session:
         self._hello: asyncio.Future[None] = self.loop.create_future()
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._lost_reason: Exception | None = None
+        self._find_session = find_session
+        self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
+        self.on_suspended: Callable[[Session], None] | None = None
+        self.on_resumed: Callable[[Session], None] | None = None
         self.on_ended: Callable[[Session], None] | None = None
         self.log = _Log(logger, {"session": self.number})
+        self._resumed = 0
         self._driver = Driver(self._connected, self._connection_lost)
-        # Straight to the driver: called once or twice in every turn of the loop.
+        self._alarm = Alarm(self._due, self._failed)
+        # Straight to the driver and the timer: called once or twice in every turn of the loop.
         self.output_pending = self._driver.output_pending
-        self.deadline_moved = self._driver.deadline_moved
+        self.deadline_moved = self._alarm.set
+        settings = settings or Settings.of(self.limits, software=SOFTWARE, instance=INSTANCE)
+        grants = role == "server" and settings.features & Feature.RESUME
         self._mux = Mux(
             role,
             self,
             self.limits,
-            settings or Settings.of(self.limits, software=SOFTWARE, instance=INSTANCE),
+            settings,
             nonce=os.urandom(32),
             now=clock(),
+            ticket=Ticket(os.urandom(SESSION_ID_SIZE), os.urandom(KEY_SIZE)) if grants else None,
         )
         self._driver.mux = self._mux
 
     def __repr__(self) -> str:
-        state = "closed" if self._mux.error else "draining" if self._mux.draining else "up"
+        state = (
+            "closed" if self._mux.error
+            else "suspended" if self.suspended
+            else "draining" if self._mux.draining
+            else "up"
+        )  # fmt: skip
         return f"<Session {self.number} with {self.peer_name or self.remote_address} {state}>"
 
     def _peer(self) -> str:
@@ -237,30 +261,34 @@ class Session:
 
         Does not wait for the peer's HELLO. Cancelled, it drops the connection.
         """
-        tls_args: dict[str, Any] = {}
-        if tls is not None:
-            tls_args = {
-                "ssl": tls,
-                "ssl_handshake_timeout": self.limits.hello_timeout,
-                "ssl_shutdown_timeout": 5.0,
-            }
         try:
-            sock.setblocking(False)
-            if self._role == "client":
-                if tls is not None:
-                    tls_args["server_hostname"] = server_name
-                await self.loop.create_connection(self.protocol, sock=sock, **tls_args)
-            else:
-                await self.loop.connect_accepted_socket(self.protocol, sock, **tls_args)
+            await self._driver.connect(self._role, sock, tls, server_name, within=self.limits.hello_timeout)
         except BaseException as error:
             with contextlib.suppress(RuntimeError):
                 self.abort()
             # uvloop has closed what it was still connecting, and says so to nobody.
             self._driver.connection_lost(None)
-            sock.close()
             if isinstance(error, OSError):
                 raise HandshakeError(str(error)) from error
             raise
+
+    async def resume(
+        self, sock: socket.socket, tls: ssl.SSLContext | None = None, server_name: str | None = None
+    ) -> None:
+        """Goes on over another connection to the same server; arguments as ``client``.
+
+        For a session that is ``suspended``. Without success it stays so, and another attempt may be made, until
+        ``limits.resume_grace`` is over; cancelled, too.
+
+        Raises:
+            HandshakeError: not over this connection; its ``__cause__`` says why.
+            ResumeRefusedError: the server has the session no more, and now it is over here, too.
+            SessionClosedError: it was over before.
+        """
+        if self.closed:
+            sock.close()
+            raise SessionClosedError("the session is closed")
+        await Reconnection(self).run(sock, tls, server_name)
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""
@@ -278,7 +306,7 @@ class Session:
             self.abort()
             raise
         error = self._mux.error
-        if error is not None:
+        if error is not None and self.resumed_session is None:
             cause = self._lost_reason or error
             # "No error" is no sentence: the peer's HELLO and its goodbye may come in one reading.
             text = explain(cause, self._peer()) if error.code == Code.NO_ERROR else str(error)
@@ -391,6 +419,17 @@ class Session:
         return self._mux.draining
 
     @property
+    def suspended(self) -> bool:
+        """Whether the connection is broken and the session waits for another."""
+        return self._mux.resumption.suspended and self._mux.error is None
+
+    @property
+    def session_id(self) -> bytes:
+        """What a client names to resume the session; empty if it cannot be."""
+        ticket = self._mux.resumption.ticket
+        return ticket.session_id if ticket is not None else b""
+
+    @property
     def error(self) -> SessionError | None:
         """Why the session ended; None while it lives."""
         return self._mux.error
@@ -419,6 +458,7 @@ class Session:
             datagrams_sent=mux.datagrams.sent,
             datagrams_received=mux.datagrams.received,
             datagrams_dropped=mux.datagrams.dropped,
+            resumed=self._resumed,
         )
 
     async def ping(self) -> float:
@@ -483,6 +523,12 @@ class Session:
 
     # What the driver says
 
+    def _due(self, now: float) -> None:
+        self._mux.handle_timeout(now)
+
+    def _failed(self, error: Exception) -> None:
+        self._driver.fail(error)
+
     def _connected(self, transport: asyncio.Transport) -> None:
         self.remote_address = transport.get_extra_info("peername")
         self.ssl_object = transport.get_extra_info("ssl_object")
@@ -497,15 +543,18 @@ class Session:
         self._mux.start()
 
     def _connection_lost(self, exc: Exception | None) -> None:
+        reason = (
+            f"connection lost: {exc}" if exc is not None
+            else "connection closed by the peer without a word" if self.peer_settings is not None
+            else "connection closed by the peer before its HELLO"
+        )  # fmt: skip
+        if self._mux.resumption.possible:
+            self._suspend(reason)
+            return
         if self._mux.error is None:  # else CLOSE said why; how the connection went after it is no matter
             self._lost_reason = exc
         try:
-            established = self.peer_settings is not None
-            self._mux.connection_lost(
-                f"connection lost: {exc}" if exc is not None
-                else "connection closed by the peer without a word" if established
-                else "connection closed by the peer before its HELLO"
-            )  # fmt: skip
+            self._mux.connection_lost(reason)
         finally:
             self._finish()
 
@@ -513,6 +562,80 @@ class Session:
         """The connection is gone, and the session with it."""
         if not self._closed.done():
             self._closed.set_result(None)
+
+    # Another connection
+
+    def _suspend(self, reason: str) -> None:
+        """The connection is gone, or given up; the session is not."""
+        self._driver.detach()
+        self.log.info("suspended for up to %g s: %s", self.limits.resume_grace, reason)
+        self._mux.resumption.suspend(reason, clock())
+        if self.on_suspended is not None and self.suspended:
+            self.on_suspended(self)
+
+    def connection_dead(self, reason: str) -> None:
+        """The peer does not answer on this connection."""
+        self._suspend(reason)
+
+    def resume_requested(self, frame: Resume, nonces: bytes) -> None:
+        """The client means another session: that one takes the connection over, and this one ends."""
+        found = self._find_session(frame.session_id) if self._find_session is not None else None
+        if found is None or found.peer_name != self.peer_name or not found._mux.resumption.may_grant(frame, nonces):
+            self._mux.close(Code.RESUME_REFUSED, "no such session")
+            return
+        driver, self._driver = self._driver, Driver(self._connected, self._connection_lost)
+        self._driver.mux = self._mux
+        self.resumed_session = found
+        if not found.suspended:
+            found._suspend("the peer came back over another connection")
+        found.adopt(driver)
+        found._mux.resumption.grant(frame, nonces, clock())
+        found.go_on()
+        self._mux.end(SessionError("an older session goes on over its connection"), None)
+
+    def adopt(self, driver: Driver) -> None:
+        """Takes over a connection, on which the two sides have agreed to go on with this session."""
+        transport = driver.transport
+        assert transport is not None
+        self._driver = driver
+        self.output_pending = driver.output_pending
+        driver.hand_over(self._connected, self._connection_lost, self._mux)
+        self.remote_address = transport.get_extra_info("peername")
+        self.ssl_object = transport.get_extra_info("ssl_object")
+
+    def go_on(self) -> None:
+        """It has gone on, over the connection that was adopted."""
+        self._resumed += 1
+        # The PONGs of the old connection will not come.
+        waiting = [future for futures in self._pings.values() for future in futures]
+        self._pings.clear()
+        if waiting:
+            self._pings[self._mux.ping()] = waiting
+        self._driver.output_pending()
+        self.log.info("resumed")
+        if self.on_resumed is not None:
+            self.on_resumed(self)
+
+    def lost(self, error: SessionError) -> None:
+        """There will be no other connection."""
+        self._mux.end(error, None)
+
+    def judge(self, ssl_object: ssl.SSLObject | None) -> None:
+        """Is the peer on another connection the one that it was?
+
+        Raises:
+            KonnektorError: it is not.
+        """
+        if self._check_peer is None:
+            return
+        before, name = self.ssl_object, self.peer_name
+        self.ssl_object = ssl_object
+        try:
+            self._check_peer(self)
+            if self.peer_name != name:
+                raise IdentityError(f"the peer is now {self.peer_name}, and was {name}")
+        finally:
+            self.ssl_object, self.peer_name = before, name
 
     # What the multiplexer says (mux.Handler)
 
@@ -576,6 +699,7 @@ class Session:
             listener.close()
         for task in self._tasks:
             task.cancel()
+        self._alarm.stop()
         if self._driver.transport is None:
             self._finish()
         else:

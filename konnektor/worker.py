@@ -5,13 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Final
 
 from konnektor.addresses import canonical_host, format_hostport, parse_hostport
 from konnektor.dial import dial
 from konnektor.endpoint import Endpoint
-from konnektor.errors import Code, ConfigurationError, HandshakeError, KonnektorError, SessionClosedError
+from konnektor.errors import (
+    Code,
+    ConfigurationError,
+    HandshakeError,
+    KonnektorError,
+    ResumeRefusedError,
+    SessionClosedError,
+)
+from konnektor.frames import Feature
 from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.policy import AllowList, AllowRule
@@ -24,6 +33,8 @@ __all__ = ["Backoff", "Worker"]
 
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
+LAST_RESUMING: Final = 5.0
+"""Longest wait between attempts to resume: streams are waiting, and not for ever."""
 CALM: Final = 10.0
 """Seconds after which a session was a success: what follows it starts with the first delay again."""
 
@@ -106,6 +117,7 @@ class Worker(Endpoint):
             name=self.identity.name,
             routes=tuple(str(parse_route(route)) for route in routes),
             labels=labels,
+            features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
         self._sessions: dict[tuple[str, int], Session] = {}
         self._links: list[asyncio.Task[None]] = []
@@ -176,6 +188,7 @@ class Worker(Endpoint):
         except HandshakeError as error:
             self._error = error
             return
+        await self._follow(session, address, lambda: session.closed)
         await session.wait_closed()
         if session.error is not None and session.error.code not in (Code.NO_ERROR, Code.SHUTDOWN):
             self._error = HandshakeError(f"the session with {format_hostport(*address)} broke: {session.error}")
@@ -194,7 +207,7 @@ class Worker(Endpoint):
                 await asyncio.sleep(delay)
                 continue
             since = loop.time()
-            await self._changes.wait_for(lambda: session.closed or session.draining)  # noqa: B023 - awaited here
+            await self._follow(session, address, lambda: session.closed or session.draining)  # noqa: B023 - awaited here
             if loop.time() - since > CALM:
                 backoff.reset()
             if session.closed or not backoff.fresh:
@@ -203,6 +216,32 @@ class Worker(Endpoint):
                 # It drains. The replacement is dialed now, ahead of its end, to take the new streams; but if
                 # that one drains as soon, it is no way to run.
                 backoff.next()
+
+    async def _follow(self, session: Session, address: tuple[str, int], done: Callable[[], bool]) -> None:
+        """Waits until the session is ``done``, and gets it another connection whenever one breaks."""
+        peer = f"the control plane at {format_hostport(*address)}"
+        backoff = Backoff(last=LAST_RESUMING)
+        while True:
+            await self._changes.wait_for(lambda: session.suspended or done())
+            if not session.suspended:
+                return
+            try:
+                sock = await self._dial(address, peer)
+                await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
+                backoff.reset()
+            except ResumeRefusedError:
+                logger.warning("%s no longer knows the session; starting afresh", peer)
+            except KonnektorError as error:
+                if session.suspended:
+                    delay = backoff.next()
+                    logger.warning("cannot resume the session with %s: %s; trying again in %.1f s", peer, error, delay)
+                    await asyncio.sleep(delay)
+
+    async def _dial(self, address: tuple[str, int], peer: str) -> socket.socket:
+        try:
+            return await dial(*address, within=self.limits.hello_timeout)
+        except KonnektorError as error:
+            raise HandshakeError(f"cannot reach {peer}: {error}") from error
 
     async def _connect(self, address: tuple[str, int]) -> Session:
         """One attempt, with one clear sentence if it fails.
@@ -219,10 +258,7 @@ class Worker(Endpoint):
                 session.ssl_object, Role.CONTROL_PLANE, trust_domain=self.identity.trust_domain, peer=peer
             ).name
 
-        try:
-            sock = await dial(*address, within=self.limits.hello_timeout)
-        except KonnektorError as error:
-            raise HandshakeError(f"cannot reach {peer}: {error}") from error
+        sock = await self._dial(address, peer)
         try:
             session = await Session.client(
                 sock,
@@ -238,11 +274,23 @@ class Worker(Endpoint):
         self._sessions[address] = session
         session.on_goaway = lambda _: self._changes.notify()
         session.on_ended = lambda _: self._changes.notify()
+        session.on_suspended = lambda session: self._suspended(session, where)
+        session.on_resumed = lambda session: self._resumed(session, where)
         logger.info("connected to %s at %s", session.peer_name, where)
         self._live.add(session)
         _ = self._spawn(self._see_out(session, address))
         self._changes.notify()
         return session
+
+    def _suspended(self, session: Session, where: str) -> None:
+        logger.warning("lost the connection to %s at %s; resuming the session", session.peer_name, where)
+        self._changes.notify()
+
+    def _resumed(self, session: Session, where: str) -> None:
+        logger.info(
+            "resumed the session with %s at %s: %d streams go on", session.peer_name, where, session.stream_count
+        )
+        self._changes.notify()
 
     async def _see_out(self, session: Session, address: tuple[str, int]) -> None:
         await session.wait_closed()

@@ -83,6 +83,22 @@ _OPTIONS: Final = (
         help="How long open streams may go on after SIGTERM. Example: --grace 2m",
     ),
     click.option(
+        "--resume-grace",
+        type=Parsed("duration", parse_duration),
+        default=f"{_DEFAULT.resume_grace:g}s",
+        show_default=True,
+        metavar="TIME",
+        help="How long streams wait for a broken connection to come back; 0 for not at all. Example: --resume-grace 5m",
+    ),
+    click.option(
+        "--replay-buffer",
+        type=Parsed("size", parse_size),
+        default=format_size(_DEFAULT.replay_buffer),
+        show_default=True,
+        metavar="SIZE",
+        help="Bytes kept, of each session, to be sent again after that. Example: --replay-buffer 64MiB",
+    ),
+    click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
@@ -114,17 +130,20 @@ def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         max_streams: int,
         receive_pool: int | None,
         grace: float,
+        resume_grace: float,
+        replay_buffer: int,
         log_format: str,
         verbose: int,
         **own: Any,
     ) -> int:
         set_up_logging(log_format, verbose)
-        return command(Common(TLSFiles(ca, cert, key), _limits(max_streams, receive_pool), grace), **own)
+        limits = _limits(max_streams, receive_pool, resume_grace=resume_grace, replay_buffer=replay_buffer)
+        return command(Common(TLSFiles(ca, cert, key), limits, grace), **own)
 
     return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), with_common)
 
 
-def _limits(max_streams: int, receive_pool: int | None) -> Limits:
+def _limits(max_streams: int, receive_pool: int | None, **others: Any) -> Limits:
     """The limits that the options describe.
 
     Raises:
@@ -137,7 +156,7 @@ def _limits(max_streams: int, receive_pool: int | None) -> Limits:
             f"--receive-pool {format_size(pool)} is too small for --max-streams {max_streams}: "
             f"give it {format_size(need)} or more, or lower --max-streams"
         )
-    return Limits(initial_streams=max_streams, receive_pool=pool)
+    return Limits(initial_streams=max_streams, receive_pool=pool, **others)
 
 
 def say_ready(what: str) -> None:

@@ -262,6 +262,7 @@ async def test_every_write_fails_once(operation, caplog):
     raise AssertionError("it never got to its end")
 
 
+@pytest.mark.replaces_methods
 @pytest.mark.parametrize("side", ["client", "server"])
 async def test_every_read_fails_once(side, monkeypatch, caplog):
     for count in range(1, 200):

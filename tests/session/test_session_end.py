@@ -263,6 +263,7 @@ async def test_a_defect_while_the_session_ends_keeps_nobody_from_its_end(where, 
         assert "defect in" in caplog.text
 
 
+@pytest.mark.replaces_methods
 async def test_a_defect_in_a_timer_ends_the_session(monkeypatch, caplog):
     async with memory_session_pair() as (client, _server):
 
@@ -270,12 +271,13 @@ async def test_a_defect_in_a_timer_ends_the_session(monkeypatch, caplog):
             raise RuntimeError("defect in a timer")
 
         monkeypatch.setattr(client._mux, "handle_timeout", fail)
-        client._driver.deadline_moved(asyncio.get_running_loop().time())
+        client._alarm.set(asyncio.get_running_loop().time())
         await client.wait_closed()
         assert client.error.code == kk.Code.INTERNAL
     assert "defect in a timer" in caplog.text
 
 
+@pytest.mark.replaces_methods
 async def test_a_defect_in_closing_drops_the_connection(monkeypatch, caplog):
     async with memory_session_pair() as (client, server):
 

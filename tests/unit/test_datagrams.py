@@ -7,6 +7,7 @@ from konnektor.datagrams import LEAST, SESSION_HELD, STREAM_HELD, DatagramPool, 
 from konnektor.errors import Code, LocalProtocolError, StreamClosedError, UnsupportedError
 from konnektor.frames import Accept, Data, Datagram, Open, Ping, Reset, Stop, scan
 from konnektor.limits import KIB, Limits
+from konnektor.replay import Replay
 from konnektor.settings import Settings
 from konnektor.states import Receiving, Sending
 from tests.pair import SMALL, Pair
@@ -545,6 +546,23 @@ def test_a_lost_connection_drops_them():
     assert pair.client.mux.datagrams.dropped == 2
     assert plain.datagrams is None
     pair.pump()
+
+
+def test_what_is_kept_to_be_sent_again_has_none():
+    pair = Pair()
+    ours, _theirs = udp(pair)
+    bulk, _ = pair.open()
+    replay = pair.client.mux.resumption.replay = Replay()
+    pair.client.blocked = True
+    ours.send_datagram(b"lossy")
+    bulk.write(b"kept")
+    ours.send_datagram(b"lossy, too")
+    pair.client.mux.ping()
+    bulk.finish()
+    pair.client.blocked = False
+    assert [type(frame) for frame in sent(pair.client)].count(Datagram) == 2
+    kept = [frame for frame, _ in scan(b"".join(replay.rest(0)))]
+    assert kept == [Data(bulk.id, b"kept", 1)] and replay.sent == 12
 
 
 def test_the_end_of_the_session_drops_them():

@@ -1,4 +1,4 @@
-"""For tests, yours too: two sessions joined in memory, without certificates or ports."""
+"""Two sessions joined in memory, without certificates or ports."""
 
 from __future__ import annotations
 

@@ -1,0 +1,76 @@
+"""One attempt to get a suspended session another connection."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+from konnektor.driver import Driver
+from konnektor.errors import Code, HandshakeError, KonnektorError, ResumeRefusedError, SessionError
+from konnektor.rejoin import Rejoin
+
+if TYPE_CHECKING:
+    from konnektor.session import Session
+
+__all__ = ["Reconnection"]
+
+
+class Reconnection:
+    """A connection on its way to becoming the session's; what ``Rejoin`` reports to."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._driver = Driver(self._connected, self._lost)
+        self._rejoin = Rejoin(session._mux, self, os.urandom(32))
+        self._driver.mux = self._rejoin
+        self._done: asyncio.Future[None] = session.loop.create_future()
+        self._reason: Exception | None = None
+        self.output_pending = self._driver.output_pending
+
+    async def run(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
+        """See ``Session.resume``."""
+        session = self._session
+        within = session.limits.hello_timeout
+        try:
+            await self._driver.connect("client", sock, tls, server_name, within=within)
+            async with asyncio.timeout(within):
+                await self._done
+        except BaseException as error:
+            if self._driver.mux is not self._rejoin:
+                raise  # cancelled a moment too late: the session has gone on
+            self._driver.detach()
+            if isinstance(error, ResumeRefusedError):
+                session.lost(error)
+                raise
+            if isinstance(error, TimeoutError):
+                raise HandshakeError(f"no answer to RESUME within {within:g} s") from error
+            if isinstance(error, OSError | SessionError):
+                raise HandshakeError(str(error)) from (self._reason or error)
+            raise
+
+    def _connected(self, transport: asyncio.Transport) -> None:
+        try:
+            self._session.judge(transport.get_extra_info("ssl_object"))
+        except KonnektorError as error:
+            self._reason = error
+            self._rejoin.close(Code.IDENTITY, str(error))
+
+    def _lost(self, exc: Exception | None) -> None:
+        self._reason = self._reason or exc
+        self._rejoin.connection_lost(f"connection lost: {exc}" if exc is not None else "connection closed by the peer")
+
+    def rejoined(self) -> None:
+        """The session goes on."""
+        self._session.adopt(self._driver)
+        self._session.go_on()
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def rejoin_failed(self, error: SessionError) -> None:
+        """It does not, over this connection."""
+        if not self._done.done():
+            self._done.set_exception(error)
+        self._driver.close()
