@@ -51,6 +51,11 @@ class Admission:
         return stream_id < (self.next_id if self.is_ours(stream_id) else self.next_peer_id)
 
     @property
+    def opens(self) -> int:
+        """OPENs of both sides that were on the wire."""
+        return self.opened + self.taken
+
+    @property
     def may_open(self) -> bool:
         """Whether the peer lets us send one more OPEN."""
         return self.opened < self.allowed

@@ -49,6 +49,10 @@ class Machine(Protocol):
     def hello_received(self) -> bool:
         """Whether the peer has spoken."""
 
+    @property
+    def pause_reading_until(self) -> float:
+        """When to read again."""
+
     def receive(self, data: memoryview, now: float, /) -> int:
         """Takes in whole frames; returns how many bytes that were."""
 
@@ -114,6 +118,7 @@ class Driver(asyncio.BufferedProtocol):
         "_on_connected",
         "_on_lost",
         "_paused",
+        "_reading_timer",
         "_rest",
         "_scratch",
         "mux",
@@ -135,6 +140,7 @@ class Driver(asyncio.BufferedProtocol):
         self._paused = False
         self._flush_scheduled = False
         self._close_timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
 
     async def connect(
         self, role: str, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None, *, within: float
@@ -198,6 +204,7 @@ class Driver(asyncio.BufferedProtocol):
         if transport is None or self._close_timer is not None:
             return
         self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, transport.abort)
+        self._resume_reading()
         self._paused = False
         self._flush()
         if transport.is_closing():
@@ -209,6 +216,20 @@ class Driver(asyncio.BufferedProtocol):
         else:
             transport.close()
 
+    def _pause_reading(self, until: float) -> None:
+        """Leaves what comes in the kernel, so that other sessions have their turn and the peer slows down."""
+        transport = self.transport
+        if transport is not None and self._reading_timer is None and not transport.is_closing():
+            transport.pause_reading()
+            self._reading_timer = self._loop.call_at(until, self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
+
     def abort(self) -> None:
         """Drops the connection."""
         if self.transport is not None:
@@ -218,9 +239,10 @@ class Driver(asyncio.BufferedProtocol):
         """Drops the connection, of which nothing more will be heard: the session goes on without it."""
         transport, self.transport = self.transport, None
         self._on_lost = _nobody
-        if self._close_timer is not None:
-            self._close_timer.cancel()
-            self._close_timer = None
+        for timer in (self._close_timer, self._reading_timer):
+            if timer is not None:
+                timer.cancel()
+        self._close_timer = self._reading_timer = None
         if transport is not None:
             transport.abort()
 
@@ -275,17 +297,20 @@ class Driver(asyncio.BufferedProtocol):
             return
         size = len(self._rest) + nbytes
         shared.busy = True
+        now = clock()
         try:
             mux = self.mux
-            used = mux.receive(shared.view[:size], clock())
+            used = mux.receive(shared.view[:size], now)
             if self.mux is not mux:
-                used += self.mux.receive(shared.view[used:size], clock())
+                used += self.mux.receive(shared.view[used:size], now)
             self._rest = bytes(shared.view[used:size]) if used < size else b""
         except Exception as error:  # noqa: BLE001
             self.fail(error)
         finally:
             shared.busy = False
             self._scratch = None
+        if self.mux.pause_reading_until > now and self.mux.error is None:
+            self._pause_reading(self.mux.pause_reading_until)
 
     def eof_received(self) -> bool:
         # A TCP EOF is never a stream's EOF; without CLOSE it is a broken connection.
@@ -300,8 +325,9 @@ class Driver(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        if self._close_timer is not None:
-            self._close_timer.cancel()
+        for timer in (self._close_timer, self._reading_timer):
+            if timer is not None:
+                timer.cancel()
         try:
             self._on_lost(exc)
         except Exception:

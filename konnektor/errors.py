@@ -191,9 +191,17 @@ class StreamStateError(ProtocolError):
 
 
 class CalmError(SessionError):
-    """A limit against abuse was exceeded."""
+    """A limit against abuse was exceeded.
+
+    Attributes:
+        limit: what the peer sent too much of; empty if it is the peer who says so of this side.
+    """
 
     default_code = Code.CALM
+
+    def __init__(self, reason: str = "", code: int | None = None, *, limit: str = "") -> None:
+        super().__init__(reason, code)
+        self.limit = limit
 
 
 class PeerTimeoutError(SessionError):

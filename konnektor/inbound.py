@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from konnektor.abuse import CRUMB, Abuse
 from konnektor.acks import Acks
 from konnektor.errors import (
     Code,
@@ -62,21 +63,23 @@ class Inbound:
 
     Attributes:
         acks: what was taken in and not yet acknowledged.
+        abuse: how much of its limits the peer has used.
         pong: what the next PONG answers and how many bytes had come before that PING; None if nothing asked.
     """
 
-    __slots__ = ("_mux", "acks", "pong")
+    __slots__ = ("_mux", "abuse", "acks", "pong")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self.acks = Acks(mux.limits.ack_bytes, mux.limits.ack_delay)
+        self.abuse = Abuse()
         self.pong: tuple[int, int] | None = None
 
     def receive(self, view: memoryview, now: float) -> int:
         """Takes in the whole frames of ``view``; returns how many bytes that were.
 
         Raises:
-            ProtocolError, VersionError: the peer's offence, which ends the session.
+            ProtocolError, VersionError, CalmError: the peer's offence, which ends the session.
         """
         mux, acks = self._mux, self.acks
         unpack = HEADER.unpack_from
@@ -84,6 +87,7 @@ class Inbound:
         max_frame = mux.limits.max_frame
         pos, end = 0, len(view)
         counted = 0
+        frames = -acks.seq
         while end - pos >= HEADER_SIZE:
             kind, flags, length, stream_id = unpack(view, pos)
             body = pos + HEADER_SIZE
@@ -100,8 +104,11 @@ class Inbound:
                 if stop > end:
                     break
                 frame = decode(kind, flags, stream_id, view[body:stop], max_frame)
-                if frame is not None:
+                if frame is None:
+                    self.abuse.hint(mux.admission.opens, now)
+                else:
                     self._frame(frame, pos, now)
+                    frames += _CRUMBS.get(kind, 0)
             pos = stop
             if not kind & UNSEQUENCED:
                 acks.seq += 1
@@ -114,6 +121,9 @@ class Inbound:
                 mux.wake()
             else:
                 mux.arm(acks.due_at)
+        frames += acks.seq
+        if pos < frames * (HEADER_SIZE + CRUMB):
+            mux.pause_reading_until = self.abuse.crumbs(frames, pos - frames * HEADER_SIZE, now)
         return pos
 
     def _data(self, stream: MuxStream, flags: int, payload: memoryview, length: int) -> None:
@@ -151,6 +161,7 @@ class Inbound:
             case Ack(seq):
                 mux.acked(seq, now)
             case Credit():
+                self.abuse.credit(mux.admission.opens, mux.flight.sent)
                 stream = self._stream_of(frame)
                 if stream is not None and stream.send_window.raise_limit(frame.max_offset):
                     mux.activate(stream)
@@ -170,17 +181,22 @@ class Inbound:
             case Refuse():
                 self._refuse(frame)
             case Streams(max_opens):
+                self.abuse.streams(mux.admission.opened)
                 if mux.admission.allow(max_opens) and mux.opens:
                     mux.wake()
             case Ping(opaque):
-                self.pong = (opaque, mux.bytes_received + pos)
+                received = mux.bytes_received + pos
+                mux.liveness.asked(received, now)
+                self.pong = (opaque, received)
                 mux.wake()
             case Pong(opaque):
                 mux.pong(opaque, now)
             case Priority(_, priority, weight):
+                self.abuse.hint(mux.admission.opens, now)
                 if (stream := self._stream_of(frame)) is not None:
                     stream.priority, stream.weight = priority, weight
             case Goaway(_, code, grace_ms, text):
+                self.abuse.goaway()
                 mux.goaway(code, grace_ms / 1000, text)
             case Hello():
                 self._hello(frame)
@@ -298,6 +314,7 @@ class Inbound:
     def _reset(self, frame: Reset) -> None:
         stream = self._stream_of(frame)
         if stream is None:
+            self.abuse.late_end(self._mux.admission.opens)
             return
         receiving, sending = stream.wanted
         stream.move_receiving(Event.RESET)
@@ -317,6 +334,7 @@ class Inbound:
     def _stop(self, frame: Stop) -> None:
         stream = self._stream_of(frame)
         if stream is None:
+            self.abuse.late_end(self._mux.admission.opens)
             return
         if stream.stop_received or stream.receiving in (Receiving.AWAITING, Receiving.GIVEN_UP):
             raise StreamStateError(f"a second STOP, or one before ACCEPT, for stream {frame.stream}")
@@ -358,3 +376,5 @@ class _Unset:
 _UNSET: Final = _Unset()
 _BEFORE_RESUME: Final = (int(FrameType.RESUME), int(FrameType.CLOSE))
 _BEFORE_HELLO: Final = (int(FrameType.HELLO), int(FrameType.CLOSE))
+_CRUMBS: Final = {int(FrameType.CREDIT): -1, int(FrameType.DATAGRAM): 1}
+"""Where the sequence is not the count of frames that may be crumbs."""

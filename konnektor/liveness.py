@@ -10,6 +10,7 @@ what waits for the cap on bytes in flight would wait for ever.
 
 The round trip is measured by PINGs alone, one every PING_INTERVAL while data or datagrams flow. A PING that only asks
 how far the datagrams are (see flight.py) stands behind a queue of theirs: it neither delays nor replaces one that measures.
+Whoever asks for more has them at a pace that the peer's limit allows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from konnektor.abuse import OWN_PINGS, PING_BYTES, PINGS, Allowance, too_often
 from konnektor.errors import ProtocolError
 
 __all__ = ["Liveness"]
@@ -42,6 +44,8 @@ class Liveness:
     __slots__ = (
         "_established",
         "_judging",
+        "_limit",
+        "_pace",
         "_ping_count",
         "_ping_sent_at",
         "_pinged_at",
@@ -58,6 +62,8 @@ class Liveness:
         self.heard_at = now
         self._silence = hello_timeout
         self._judging = False
+        self._limit = Allowance(*PINGS)
+        self._pace = Allowance(*OWN_PINGS)
         self._ping_count = 0
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
@@ -90,6 +96,9 @@ class Liveness:
     def resumed(self, now: float, *, waiting: bool) -> None:
         """There is another connection; ``waiting`` for what was sent on the old one to be acknowledged."""
         self.heard(now)
+        # The other end starts counting anew, too.
+        self._limit = Allowance(*PINGS)
+        self._pace = Allowance(*OWN_PINGS)
         self.due = now + self._silence
         self._progress_at = now if waiting else math.inf
         self.ping_due = True
@@ -105,6 +114,15 @@ class Liveness:
         rtt = now - self._ping_sent_at
         self._ping_sent_at = None
         return rtt
+
+    def asked(self, received: int, now: float) -> None:
+        """A PING came, after so many bytes on this connection.
+
+        Raises:
+            CalmError: one too many.
+        """
+        if not self._limit.take(received // PING_BYTES, now):
+            raise too_often("PINGs", *PINGS)
 
     def acked(self, now: float, *, all_of_it: bool) -> None:
         """An ACK came that advances."""
@@ -132,18 +150,27 @@ class Liveness:
 
     @property
     def ping_ready(self) -> bool:
-        """Whether a PING should go out now."""
+        """Whether a PING should go out, as soon as the pace allows."""
         return self.ping_due and self._ping_sent_at is None
+
+    def ping_at(self, sent: int) -> float:
+        """From when on the pace allows a PING, after so many bytes on this connection."""
+        return self._pace.ready_at(sent // PING_BYTES)
 
     def want_ping(self) -> int:
         """Asks for a PING; returns what its PONG will repeat."""
         self.ping_due = True
         return self._ping_count + 1
 
-    def ping(self, now: float, *, report: bool = False) -> int:
-        """What a PING says that is sent now; ``report`` if it is for the datagrams' sake alone."""
+    def ping(self, now: float, sent: int = 0, *, report: bool = False) -> int:
+        """What a PING says that is sent now, after so many bytes on this connection.
+
+        Args:
+            report: it is for the datagrams' sake alone.
+        """
         self.ping_due = False
         self._ping_count += 1
+        self._pace.take(sent // PING_BYTES, now)
         self._ping_sent_at = now
         self._report_out = report
         if not report:

@@ -28,6 +28,7 @@ from konnektor.datagrams import Datagrams
 from konnektor.deadlines import Deadlines
 from konnektor.drain import Drain, Step
 from konnektor.errors import (
+    CalmError,
     Code,
     DialTimeoutError,
     LocalProtocolError,
@@ -108,6 +109,7 @@ class Mux:
         pool, flight, datagrams: the receive budget, the estimates of the path, and what is lossy; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
         resumption: how the session outlives its connection.
+        pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Mux:
         self.error: SessionError | None = None
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.pause_reading_until = -math.inf
 
         self.streams: dict[int, MuxStream] = {}
         self.opens: OrderedDict[MuxStream, None] = OrderedDict()
@@ -199,7 +202,7 @@ class Mux:
         """When ``handle_timeout`` should be called, None if never."""
         if self.error is not None:
             return None
-        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.resumption.due)
+        due = min(self.inbound.acks.due_at, self.liveness.due, self.leaving.due, self.resumption.due, self.outbound.due)
         streams = self._deadlines.next()
         return due if streams is None else min(due, streams)
 
@@ -264,7 +267,7 @@ class Mux:
         return stream
 
     def ping(self) -> int:
-        """Sends a PING soon. Returns the ``opaque`` of the PONG that will answer it."""
+        """Sends a PING soon, as the pace allows. Returns the ``opaque`` of the PONG that will answer it."""
         opaque = self.liveness.want_ping()
         self.wake()
         return opaque
@@ -305,7 +308,7 @@ class Mux:
         self.liveness.heard(now)
         try:
             used = self.inbound.receive(memoryview(data), now)
-        except (ProtocolError, VersionError) as error:
+        except (ProtocolError, VersionError, CalmError) as error:
             self.end(error, Close(error.code, error.reason))
             return len(data)
         self.bytes_received += used
@@ -351,6 +354,7 @@ class Mux:
         self.inbound.acks.check(now)
         if self.inbound.acks.due:
             self.wake()
+        self.outbound.check(now)
         for stream in self._deadlines.expire(now):
             stream.watch = None
             self._deadline_passed(stream, now)
@@ -415,11 +419,13 @@ class Mux:
 
         Raises:
             ProtocolError: more than were sent.
+            CalmError: nothing new, and that too often.
         """
         flight = self.flight
         if seq > flight.sent:
             raise ProtocolError(f"ACK of {seq} frames; {flight.sent} were sent")
         if seq <= flight.acked:
+            self.inbound.abuse.idle_ack(now)
             return
         flight.on_ack(seq, now)
         if (replay := self.resumption.replay) is not None:
@@ -497,7 +503,7 @@ class Mux:
 
     def reconnected(self) -> None:
         """There is a connection again: whatever was wanted or armed meanwhile is wanted and armed anew."""
-        self.bytes_received = 0
+        self.bytes_received = self.bytes_sent = 0
         self._awake = False
         self.wake()
         self._armed = math.inf

@@ -346,7 +346,10 @@ class MuxStream:
     # Both
 
     def prioritize(self, priority: int, weight: int = 1) -> None:
-        """Changes class (0 interactive, 1 default, 2 bulk) and weight (1 to 255), here and at the peer."""
+        """Changes class (0 interactive, 1 default, 2 bulk) and weight (1 to 255), here and at the peer.
+
+        The peer learns the latest state; whoever changes it more often than once a second may find that it learns it late.
+        """
         if not (0 <= priority <= 2 and 1 <= weight <= 255):
             raise LocalProtocolError(f"class {priority} and weight {weight} are not 0 to 2 and 1 to 255")
         self.priority, self.weight = priority, weight

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
+from konnektor.abuse import OWN_HINTS, Allowance
 from konnektor.datagrams import DatagramQueue
 from konnektor.frames import (
     HEADER_SIZE,
@@ -57,9 +59,10 @@ class Outbound:
     Attributes:
         streams_due: a STREAMS is worth sending.
         lossy: which parts of the latest batch are datagrams: they are not sent again.
+        due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hello_sent", "_hold", "_mux", "lossy", "streams_due")
+    __slots__ = ("_hello_sent", "_hints", "_hold", "_mux", "_waiting", "due", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
@@ -68,6 +71,23 @@ class Outbound:
         """Bulk pauses, so that a PING can measure the path."""
         self.streams_due = False
         self.lossy: list[int] = []
+        self.due = math.inf
+        self._hints = Allowance(*OWN_HINTS)
+        self._waiting: dict[MuxStream, None] = {}
+        """Those whose PRIORITY has to wait."""
+
+    def check(self, now: float) -> None:
+        """Lets what had to wait try again, if it is time."""
+        if now >= self.due:
+            self.due = math.inf
+            waiting, self._waiting = self._waiting, {}
+            for stream in waiting:
+                self._mux.want_control(stream)
+            self._mux.wake()
+
+    def _wait(self, when: float) -> None:
+        self.due = min(self.due, when)
+        self._mux.arm(self.due)
 
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
@@ -126,8 +146,16 @@ class Outbound:
         return len(hello)
 
     def _ping(self, now: float, *, report: bool = False) -> bytes:
-        self._mux.flight.on_ping(now)
-        return Ping(self._mux.liveness.ping(now, report=report)).encode()
+        mux = self._mux
+        mux.flight.on_ping(now)
+        return Ping(mux.liveness.ping(now, mux.bytes_sent, report=report)).encode()
+
+    def _pace_ping(self, parts: list[Buffer], now: float, *, report: bool) -> None:
+        when = self._mux.liveness.ping_at(self._mux.bytes_sent)
+        if now >= when:
+            parts.append(self._ping(now, report=report))
+        else:
+            self._wait(when)
 
     def _unsequenced(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK and PING, each at most once, as they are now."""
@@ -144,10 +172,10 @@ class Outbound:
             self._hold = mux.flight.probe_wanted(now)
             mux.liveness.ping_due = mux.liveness.ping_due or not self._hold
         if mux.liveness.ping_ready:
-            parts.append(self._ping(now))
+            self._pace_ping(parts, now, report=False)
         elif not mux.liveness.ping_out and (mux.flight.report_wanted or (self._hold and mux.flight.unreported)):
             # Of datagrams only a PONG tells that they are gone: where they are in its way, the next one measures.
-            parts.append(self._ping(now, report=True))
+            self._pace_ping(parts, now, report=True)
         return sum(map(len, parts[before:]))
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
@@ -195,9 +223,15 @@ class Outbound:
             frames.append(Reset(stream.id, stream.reset_code, offset, stream.reset_text).encode())
             stream.move_sending(Event.SENT_END)
         if stream.priority_due:
-            stream.priority_due = False
-            if stream.receiving in (Receiving.OPEN, Receiving.AWAITING):
+            opens = self._mux.admission.opens
+            if stream.receiving not in (Receiving.OPEN, Receiving.AWAITING):
+                stream.priority_due = False
+            elif self._hints.take(opens, now):
+                stream.priority_due = False
                 frames.append(Priority(stream.id, stream.priority, stream.weight).encode())
+            else:
+                self._waiting[stream] = None
+                self._wait(self._hints.ready_at(opens))
         parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.append((self._mux.flight.sent, stream))

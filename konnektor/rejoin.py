@@ -10,6 +10,7 @@ before; a refusal is a CLOSE, and all refusals look alike.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from konnektor.errors import ProtocolError, SessionError, VersionError, session_error
@@ -56,7 +57,6 @@ class Rejoin:
     """
 
     __slots__ = (
-        "_close_frame",
         "_handler",
         "_mux",
         "_nonce",
@@ -65,6 +65,7 @@ class Rejoin:
         "awake",
         "error",
         "hello_received",
+        "pause_reading_until",
     )
 
     def __init__(self, mux: Mux, handler: RejoinHandler, nonce: bytes) -> None:
@@ -76,6 +77,7 @@ class Rejoin:
         self._outgoing = Hello(VERSION, VERSION, nonce, tlvs).encode()
         self.awake = True
         self.hello_received = False
+        self.pause_reading_until = -math.inf
         self.error: SessionError | None = None
 
     def data_to_send(self, now: float) -> bytes:

@@ -180,7 +180,8 @@ class Resumption:
         assert self.replay is not None
         self.suspended = False
         self._settle_at = self._grace_ends = math.inf
-        mux.acked(rx_seq, now)
+        if rx_seq > mux.flight.acked:
+            mux.acked(rx_seq, now)
         mux.flight.reconnected()
         self.replaying = self.replay.rest(mux.flight.delivered)
         mux.liveness.resumed(now, waiting=mux.flight.acked < mux.flight.sent)

@@ -21,6 +21,7 @@ import anyio.abc
 from konnektor.addresses import format_hostport
 from konnektor.driver import Alarm, Driver, clock
 from konnektor.errors import (
+    CalmError,
     Code,
     HandshakeError,
     IdentityError,
@@ -464,6 +465,8 @@ class Session:
     async def ping(self) -> float:
         """Round-trip time in seconds, of a PING sent now. Cancelling is safe.
 
+        Ten at once are sent without delay, and then three a second; calls that wait share the next one.
+
         Raises:
             SessionError: the session ended first.
             SessionClosedError: it had ended before.
@@ -688,6 +691,12 @@ class Session:
 
     def session_closed(self, error: SessionError) -> None:
         """Everything ends; what is left to write is written."""
+        if isinstance(error, CalmError):
+            who = self._peer()
+            if error.limit:
+                self.log.warning("ended the session with %s, which sent too many %s: %s", who, error.limit, error)
+            else:
+                self.log.warning("%s ended the session, because this side exceeded a limit: %s", who, error)
         if not self._hello.done():
             self._hello.set_result(None)
         for futures in self._pings.values():

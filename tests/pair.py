@@ -6,7 +6,9 @@ shows as a test that hangs still, instead of being covered up by polling.
 """
 
 import itertools
+import math
 
+from konnektor.errors import CalmError
 from konnektor.limits import KIB, Limits
 from konnektor.mux import Mux
 from konnektor.settings import Settings
@@ -94,6 +96,7 @@ class Side:
         self.wire = bytearray()  # rendered, not yet delivered to the peer
         self.blocked = False  # the transport takes nothing
         self.rest = b""
+        self.deceived = False  # has been sent what the peer's mux never would
         nonce = (b"C" if role == "client" else b"S") * 32
         self.mux = Mux(role, self, limits, Settings.of(limits, **declared), nonce=nonce, now=pair.now)
         self.mux.start()
@@ -180,12 +183,27 @@ class Side:
             peer.rest = data[used:]
             assert len(peer.rest) <= 8 + self.limits.max_frame
             peer.check()
+            if not peer.deceived:
+                peer.check_calm()
 
     def inject(self, *frames):
         """Bytes to the peer that our mux never sent."""
+        self.peer.deceived = True
         data = b"".join(frame if isinstance(frame, bytes) else frame.encode() for frame in frames)
         assert self.peer.mux.receive(data, self.pair.now) == len(data)
         self.peer.check()
+
+    def check_calm(self):
+        """An honest peer stays far from every limit: it needs nothing of what is there to begin with, and half of the rest."""
+        admission, flight, abuse, live = self.mux.admission, self.mux.flight, self.mux.inbound.abuse, self.mux.liveness
+        assert not isinstance(self.error, CalmError) or not self.error.limit
+        assert abuse._credits <= 4 * flight.sent
+        assert abuse._streams <= admission.opened
+        assert abuse._late_ends <= 2 * admission.opens
+        assert abuse._goaways <= 2
+        assert abuse._acks.ready_at == -math.inf, "an ACK that acknowledges nothing"
+        assert live._limit.ready_at(0) <= self.pair.now - 2
+        assert abuse._hints.ready_at(admission.opens) <= self.pair.now - 5
 
     def check(self):
         mux = self.mux

@@ -1,12 +1,14 @@
 """The specification's conformance cases by number: which test shows each, as far as this version has what they are about."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from konnektor import frames
 from tests.property import test_mux_bytes as any_bytes
+from tests.unit import test_abuse as abuse
 from tests.unit import test_core_parts as parts
 from tests.unit import test_credit as credit
 from tests.unit import test_datagrams as datagrams
@@ -79,9 +81,31 @@ CASES = {
         any_bytes.test_no_stall,
     ],
     "31 PING bounded under saturation": [parts.test_only_the_ping_that_is_out_is_answered],
-    "33 rapid reset keeps handlers bounded": [session.test_streams_rises_only_when_the_handler_is_gone],
+    "32 PING, CREDIT, PRIORITY, empty and one-byte floods": [
+        *(partial(abuse.test_one_beyond_the_limit_is_calm, name) for name in abuse.LIMITS),
+        "20 PINGs",
+        "21 PINGs",
+        "66 CREDITs, after one OPEN",
+        "67 CREDITs, after one OPEN",
+        "101 PRIORITYs, after one OPEN",
+        "102 PRIORITYs, after one OPEN",
+        abuse.test_a_flood_of_tiny_frames_pauses_reading,
+        abuse.test_empty_blocked_floods_pause_reading,
+    ],
+    "33 rapid reset and provoked resets keep handlers bounded": [
+        session.test_streams_rises_only_when_the_handler_is_gone,
+        *(partial(abuse.test_rapid_resets_keep_handlers_bounded, ends) for ends in abuse.RAPID.values()),
+        *(partial(abuse.test_provoked_resets_keep_handlers_bounded, name) for name in abuse.PROVOKED),
+    ],
     "34 a peer that never reads leaves memory flat": [flow.test_a_peer_that_never_reads_leaves_memory_flat],
     "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [drain.test_two_phases],
+    "41 honest extremes trip no limit": [
+        abuse.test_six_thousand_opens_a_second,
+        abuse.test_a_target_that_resets_a_thousand_times_a_second,
+        abuse.test_keystrokes_at_30_hz,
+        partial(abuse.test_a_gigabyte_a_second_one_way, 1),
+        partial(abuse.test_a_gigabyte_a_second_one_way, 40),
+    ],
     "42 cancel while PENDING, also after FIN and crossing ACCEPT, leaves nothing": [
         lambda: streams.test_cancel_while_pending("cancel", finished=False),
         lambda: streams.test_cancel_while_pending("cancel", finished=True),

@@ -204,8 +204,8 @@ def test_pong_of_no_ping():
 def test_pings_are_answered_by_one_pong_that_says_how_much_came():
     pair = Pair()
     before = pair.server.mux.bytes_received
-    pair.client.inject(*[Ping(n) for n in range(100)])
-    assert frames_of(pair.server) == [Pong(99, before + 99 * 16)]
+    pair.client.inject(*[Ping(n) for n in range(19)])
+    assert frames_of(pair.server) == [Pong(18, before + 18 * 16)]
 
 
 def test_idle_sessions_live():
