@@ -440,6 +440,16 @@ async def test_the_session_breaks_and_the_next_packet_finds_the_new_one(certs):
             assert await client.ask(b"two") == b"two"
 
 
+async def test_a_flow_outlives_its_connection(certs):
+    async with udp_server() as server, forwarded(certs, server) as t:
+        with clients(t.where) as (client,):
+            assert await client.ask(b"one") == b"one"
+            t.session._driver.abort()
+            await until(lambda: t.session.stats().resumed == 1)
+            assert await client.ask(b"two", every=1.0) == b"two"
+        assert len(server.clients) == 1
+
+
 async def test_drain_ends_flows(certs):
     async with udp_server() as server, forwarded(certs, server) as t:
         with clients(t.where, 2) as (client, other):
