@@ -42,12 +42,12 @@ from konnektor.errors import (
     VersionError,
 )
 from konnektor.limits import Limits
-from konnektor.policy import AllowRule, parse_allow, tcp
+from konnektor.policy import AllowRule, parse_allow, tcp, udp
 from konnektor.relay import relay
 from konnektor.session import Handlers, Session, SessionStats, StreamListener
 from konnektor.splice import splice
 from konnektor.stream import Stream, StreamAttribute
-from konnektor.stream_types import StreamType, Tcp
+from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.tls import Identity, Role, TLSFiles
 from konnektor.worker import Worker
 
@@ -99,6 +99,7 @@ __all__ = [
     "TargetResetError",
     "TargetTLSError",
     "Tcp",
+    "Udp",
     "UnreachableError",
     "UnsupportedError",
     "VersionError",
@@ -111,6 +112,7 @@ __all__ = [
     "relay",
     "splice",
     "tcp",
+    "udp",
 ]
 
 logging.getLogger("konnektor").addHandler(logging.NullHandler())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from konnektor.errors import ConfigurationError
 
@@ -17,8 +17,10 @@ __all__ = [
     "Forward",
     "IPAddress",
     "IPNetwork",
+    "Protocol",
     "canonical_host",
     "format_hostport",
+    "format_protocol",
     "parse_forward",
     "parse_host",
     "parse_hostport",
@@ -27,12 +29,14 @@ __all__ = [
     "parse_worker_name",
     "quote",
     "split_port",
+    "split_protocol",
     "unwrap",
     "unwrap_network",
 ]
 
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
+Protocol: TypeAlias = Literal["tcp", "udp"]
 
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 _WORKER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -45,17 +49,18 @@ _MAX_QUOTED: Final = 80
 
 
 class Forward(NamedTuple):
-    """A fixed forward: where to listen, and what a worker dials for each connection."""
+    """A fixed forward: where to listen, and what a worker dials for each connection, or each sender of datagrams."""
 
     listen_host: str
     listen_port: int
     worker: str
     host: str
     port: int
+    protocol: Protocol = "tcp"
 
     def __str__(self) -> str:
         return (
-            f"{format_hostport(self.listen_host, self.listen_port)}"
+            f"{format_protocol(self.protocol)}{format_hostport(self.listen_host, self.listen_port)}"
             f"={self.worker}/{format_hostport(self.host, self.port)}"
         )
 
@@ -191,6 +196,25 @@ def split_port(text: str) -> tuple[str, str]:
     return host, port
 
 
+def split_protocol(text: str) -> tuple[Protocol, str]:
+    """``udp:HOST:PORT`` or ``tcp:HOST:PORT`` without its protocol; what has none is TCP.
+
+    ``udp:53`` has none: it is port 53 of a host named udp.
+    """
+    protocol, _, rest = text.partition(":")
+    if ":" in rest:
+        if protocol == "udp":
+            return "udp", rest
+        if protocol == "tcp":
+            return "tcp", rest
+    return "tcp", text
+
+
+def format_protocol(protocol: Protocol) -> str:
+    """What stands in front of an address: nothing for TCP."""
+    return "" if protocol == "tcp" else f"{protocol}:"
+
+
 def format_hostport(host: str | IPAddress, port: int) -> str:
     """``HOST:PORT``, with brackets around IPv6."""
     text = str(host)
@@ -212,16 +236,19 @@ def parse_worker_name(text: str) -> str:
 
 
 def parse_forward(text: str) -> Forward:
-    """``LISTEN=WORKER/HOST:PORT``, LISTEN being ``HOST:PORT`` (port 0: any free one).
+    """``LISTEN=WORKER/HOST:PORT``, LISTEN being ``HOST:PORT`` (port 0: any free one); for UDP with ``udp:`` in front.
 
     Raises:
         ConfigurationError: one sentence that says what to write.
     """
     listen, equals, target = text.partition("=")
+    protocol, listen = split_protocol(listen)
     worker, slash, destination = target.partition("/")
     if not equals or not slash:
         raise ConfigurationError(
             f"forward {quote(text)} is incomplete: write LISTEN=WORKER/HOST:PORT, "
             "such as 127.0.0.1:8080=node-1/10.0.0.7:80"
         )
-    return Forward(*parse_hostport(listen, zero=True), parse_worker_name(worker), *parse_hostport(destination))
+    return Forward(
+        *parse_hostport(listen, zero=True), parse_worker_name(worker), *parse_hostport(destination), protocol
+    )

@@ -130,7 +130,7 @@ class ControlPlane(Endpoint):
             software=SOFTWARE,
             instance=INSTANCE,
             name=self.identity.name,
-            features=Feature.RESUME if self.limits.resume_grace else 0,
+            features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
         self._resumable: dict[bytes, Session] = {}
         self._workers: dict[str, Session] = {}
@@ -262,8 +262,10 @@ class ControlPlane(Endpoint):
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
 
+        Of UDP each address that sends has a stream of its own, until nothing has come either way for 60 s.
+
         Args:
-            forward: ``LISTEN=WORKER/HOST:PORT``, LISTEN being ``HOST:PORT``.
+            forward: ``LISTEN=WORKER/HOST:PORT``, LISTEN being ``HOST:PORT``; with ``udp:`` in front, of UDP.
 
         Raises:
             ConfigurationError: it is not one.

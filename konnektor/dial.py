@@ -33,7 +33,7 @@ from konnektor.errors import (
     UnreachableError,
 )
 
-__all__ = ["dial", "reset_on_close", "set_options"]
+__all__ = ["dial", "dial_udp", "reset_on_close", "set_options"]
 
 STAGGER: Final = 0.25
 """Seconds between attempts: the Connection Attempt Delay of RFC 8305 section 5."""
@@ -104,7 +104,42 @@ async def dial(
         raise DialTimeoutError(f"{at} did not answer within {within:g} s") from None
     if sock is not None:
         return sock
-    raise min((_translate(error, at) for error in errors), key=lambda error: _TELLING.index(type(error)))
+    raise _most_telling(errors, at)
+
+
+async def dial_udp(
+    host: str,
+    port: int,
+    *,
+    check: Callable[[IPAddress], None] | None = None,
+    within: float | None = None,
+) -> socket.socket:
+    """A non-blocking UDP socket, connected to the first address of a host that is allowed and that there is a way to.
+
+    Connected means that the kernel passes on only what comes from there; whether anybody is there nobody knows.
+    Arguments and errors as ``dial``.
+    """
+    at = format_hostport(host, port)
+    try:
+        async with asyncio.timeout(within):
+            allowed = _checked(await _resolve(host, port), check)
+    except TimeoutError:
+        raise DialTimeoutError(f"{at} did not resolve within {within:g} s") from None
+    errors: list[OSError] = []
+    for address in allowed:
+        try:
+            sock = socket.socket(address.family, socket.SOCK_DGRAM, socket.IPPROTO_UDP)
+        except OSError as error:
+            errors.append(error)
+            continue
+        try:
+            sock.setblocking(False)
+            sock.connect(address.sockaddr)
+            return sock
+        except OSError as error:
+            sock.close()
+            errors.append(error)
+    raise _most_telling(errors, at)
 
 
 def set_options(sock: socket.socket) -> None:
@@ -261,6 +296,10 @@ def _is_self_connected(sock: socket.socket) -> bool:
         return bool(sock.getsockname() == sock.getpeername())
     except OSError:  # reset already: whoever reads will be told
         return False
+
+
+def _most_telling(errors: Sequence[OSError], at: str) -> StreamError:
+    return min((_translate(error, at) for error in errors), key=lambda error: _TELLING.index(type(error)))
 
 
 def _translate(error: OSError, at: str) -> StreamError:

@@ -18,7 +18,7 @@ from konnektor.policy import AllowList
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Handlers, Session
 from konnektor.stream import Stream
-from konnektor.stream_types import StreamType, Tcp
+from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.targets import Targets
 from konnektor.tls import Identity, TLSFiles
 
@@ -72,6 +72,7 @@ class Endpoint(ABC):
         self._targets = Targets(allowed)
         self.handlers = Handlers()
         self.handlers.add(Tcp, self._targets.serve)
+        self.handlers.add(Udp, self._targets.serve_udp)
         self._live: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
@@ -153,6 +154,7 @@ class Endpoint(ABC):
     def _leave(self, *, drain: bool) -> None:
         """Takes no new peers; ``drain`` lets what is open go on."""
         self._leaving = True
+        self._targets.leave()
         self._changes.notify()
 
     def _drop(self) -> None:

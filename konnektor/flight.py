@@ -18,6 +18,9 @@ both send bulk would each take the other's queue for a longer path, and drive ea
 take is forgotten at clean PINGs, no sooner. If rates were forgotten by the clock, a path that becomes longer would look
 like a slower one: the cap lets less through per second, which lowers the rate, which lowers the cap, until next to
 nothing is left of it.
+
+Datagrams are not acknowledged. The connection keeps its order, so a PONG tells that all sent before its PING has
+arrived: until then they are in flight, too, and after REPORT_EVERY bytes of them a PING is wanted for their sake.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ LONGER: Final = 1.25
 """They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
+REPORT_EVERY: Final = 64 * 1024
+"""Bytes of datagrams after which the peer is asked how far it is."""
 CLEAN_EVERY: Final = 40
 """Round trips between PINGs for which the queue is drained: at most a fortieth of the path is idle for it."""
 DRAIN_LIMIT: Final = 0.1
@@ -49,14 +54,15 @@ DRAIN_LIMIT: Final = 0.1
 
 
 class Flight:
-    """The sequenced frames that were sent, until the peer acknowledges them.
+    """The sequenced frames that were sent, until the peer acknowledges them; and the datagrams, until a PONG does.
 
     Attributes:
         sent: sequenced frames sent.
         acked: of these, acknowledged.
         delivered: their bytes.
-        in_flight: bytes (headers included) of those between.
+        in_flight: bytes (headers included) of those between, and of datagrams.
         rtt: smoothed round trip in seconds, 0 before the first sample.
+        unreported: bytes of datagrams since the last PING.
     """
 
     __slots__ = (
@@ -73,12 +79,14 @@ class Flight:
         "_ping_paused",
         "_rates",
         "_received",
+        "_reporting",
         "_sizes",
         "acked",
         "delivered",
         "in_flight",
         "rtt",
         "sent",
+        "unreported",
     )
 
     def __init__(self, floor: int) -> None:
@@ -99,6 +107,8 @@ class Flight:
         self._ping_paused = False
         self._paused_at: float | None = None
         self._received = 0
+        self.unreported = 0
+        self._reporting = 0
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
@@ -119,6 +129,26 @@ class Flight:
         self.sent += 1
         self.in_flight += size
         self._sizes.append(size)
+
+    def on_datagram(self, size: int) -> None:
+        """One datagram of ``size`` bytes, header included, went out."""
+        self.in_flight += size
+        self.unreported += size
+
+    @property
+    def sequenced(self) -> int:
+        """Of the bytes in flight, those of sequenced frames."""
+        return self.in_flight - self.unreported - self._reporting
+
+    @property
+    def report_wanted(self) -> bool:
+        """Whether so much has gone out in datagrams since the last PING that there should be another."""
+        return self.unreported >= REPORT_EVERY
+
+    def forget_datagrams(self) -> None:
+        """They went down with the connection."""
+        self.in_flight = self.sequenced
+        self.unreported = self._reporting = 0
 
     def on_batch(self, now: float, *, limited: bool) -> None:
         """The frames since the last call were one batch; ``limited`` if it ended for want of data."""
@@ -151,17 +181,31 @@ class Flight:
             return False
         return True
 
-    def on_ping(self, now: float, received: int) -> None:
-        """A PING goes out; ``received`` bytes came so far."""
-        self._ping_clean = self.in_flight <= CLEAN_FLIGHT
+    @property
+    def pausing(self) -> bool:
+        """Whether bulk pauses for a PING."""
+        return self._paused_at is not None
+
+    def on_ping(self, now: float, received: int, *, report: bool = False) -> None:
+        """A PING goes out, the only one: its PONG reports the datagrams before it. ``received`` bytes came so far.
+
+        One that is only a ``report`` measures nothing: bulk goes on pausing for one that does.
+        """
+        self._reporting += self.unreported
+        self.unreported = 0
+        self._received = received
+        self._ping_clean = self.in_flight <= CLEAN_FLIGHT and not report
+        if report:
+            return
         if self._ping_clean:
             self._clean_at = now
         self._ping_paused = self._paused_at is not None
         self._paused_at = None
-        self._received = received
 
     def on_rtt(self, sample: float, received: int) -> None:
         """A PONG came ``sample`` seconds after its PING; ``received`` bytes in all."""
+        self.in_flight -= self._reporting
+        self._reporting = 0
         sample = max(sample, 1e-6)
         self.rtt = sample if not self.rtt else self.rtt + (sample - self.rtt) / 8
         if self._ping_clean and not (self._ping_paused and received - self._received > CLEAN_FLIGHT):
@@ -223,4 +267,4 @@ class Flight:
     def assert_invariants(self) -> None:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) == self.in_flight
+        assert sum(self._sizes) == self.sequenced

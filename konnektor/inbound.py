@@ -204,27 +204,19 @@ class Inbound:
                 mux.handler.resume_requested(frame, mux.resumption.client_nonce + mux.nonce)
             case Close(code, text):
                 mux.end(session_error(code, text), None)
-            case Datagram(stream_id):
-                stream = self._stream_of(frame)
-                if (
-                    stream is not None
-                    and stream.receiving is Receiving.OPEN
-                    and stream.sending is not Sending.UNDECIDED
-                ):
-                    raise StreamStateError(f"DATAGRAM on stream {stream_id}, whose type has none")
+            case Datagram():
+                self._datagram(frame)
             case _:
                 raise ProtocolError(f"{_name(frame)} without having said so in HELLO")
 
-    def _stream_of(
-        self, frame: Accept | Credit | Data | Datagram | Priority | Refuse | Reset | Stop
-    ) -> MuxStream | None:
+    def _stream_of(self, frame: Accept | Credit | Data | Priority | Refuse | Reset | Stop) -> MuxStream | None:
         """The frame's stream, None if it is forgotten.
 
         Raises:
             ProtocolError: it was never opened.
         """
         stream = self._mux.streams.get(frame.stream)
-        if stream is None and not self._mux.admission.was_opened(frame.stream) and not isinstance(frame, Datagram):
+        if stream is None and not self._mux.admission.was_opened(frame.stream):
             raise ProtocolError(f"{_name(frame)} for stream {frame.stream}, which was never opened")
         return stream
 
@@ -268,6 +260,22 @@ class Inbound:
             mux.watch(stream, stream.deadline)
             mux.handler.stream_opened(stream)
 
+    def _datagram(self, frame: Datagram) -> None:
+        datagrams = self._mux.datagrams
+        datagrams.received += 1
+        stream = self._mux.streams.get(frame.stream)
+        take = None
+        if stream is not None and stream.receiving is Receiving.OPEN and stream.sending is not Sending.UNDECIDED:
+            if stream.datagrams is None:
+                raise StreamStateError(f"DATAGRAM on stream {frame.stream}, whose type has none")
+            if frame.context == 0:
+                # A sink that knows bytes alone lets them pass.
+                take = getattr(stream.sink, "datagram_received", None)
+        if take is None:
+            datagrams.incoming.dropped += 1
+        else:
+            take(frame.payload)
+
     def _accept(self, frame: Accept) -> None:
         stream = self._stream_of(frame)
         if stream is None:
@@ -284,6 +292,8 @@ class Inbound:
             return
         stream.tlvs = frame.tlvs
         stream.sink.accepted()
+        if stream.datagrams:
+            self._mux.activate(stream)
 
     def _refuse(self, frame: Refuse) -> None:
         stream = self._stream_of(frame)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
 
-__all__ = ["Acceptor", "bind_tcp", "bind_unix", "bound_name"]
+__all__ = ["Acceptor", "bind_tcp", "bind_udp", "bind_unix", "bound_name"]
 
 BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
@@ -42,10 +42,19 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
     Raises:
         ListenError: it does not resolve, or an address is in use or not ours.
     """
+    return await _bind_name(host, port, socket.SOCK_STREAM)
+
+
+async def bind_udp(host: str, port: int) -> list[socket.socket]:
+    """Bound UDP sockets, otherwise as ``bind_tcp``."""
+    return await _bind_name(host, port, socket.SOCK_DGRAM)
+
+
+async def _bind_name(host: str, port: int, kind: socket.SocketKind) -> list[socket.socket]:
     where = format_hostport(host, port)
     loop = asyncio.get_running_loop()
     try:
-        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        infos = await loop.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"cannot listen on {where}: the host does not resolve ({error.strerror})") from None
     infos = list(dict.fromkeys(infos))
@@ -77,7 +86,8 @@ def _bind_all(infos: Sequence[tuple[Any, ...]], port: int) -> list[socket.socket
         if missing is not None and not sockets:
             raise missing
         for sock in sockets:
-            sock.listen(BACKLOG)
+            if sock.type == socket.SOCK_STREAM:
+                sock.listen(BACKLOG)
     except OSError:
         for sock in sockets:
             sock.close()
@@ -89,7 +99,9 @@ def _bind(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socke
     sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.SOCK_STREAM:
+            # For UDP it means something else: that another program may take the port over.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)

@@ -10,8 +10,9 @@ what waits for the cap on bytes in flight would wait for ever. So is one that ta
 full for STUCK seconds, during which nothing was acknowledged either, whatever the peer has said meanwhile. An
 ACK counts as progress, for a slow path may need longer than that to make room.
 
-The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow. Whoever asks for
-more has them at a pace that the peer's limit allows.
+The round trip is measured by PINGs alone, one every PING_INTERVAL while data or datagrams flow. A PING that only asks
+how far the datagrams are (see flight.py) stands behind a queue of theirs: it neither delays nor replaces one that measures.
+Whoever asks for more has them at a pace that the peer's limit allows.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Liveness:
         "_ping_sent_at",
         "_pinged_at",
         "_progress_at",
+        "_report_out",
         "_silence",
         "due",
         "heard_at",
@@ -70,6 +72,7 @@ class Liveness:
         self._ping_count = 0
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
+        self._report_out = False
         self._progress_at = math.inf
         self._blocked_at = math.inf
         self.stuck = STUCK
@@ -152,7 +155,16 @@ class Liveness:
 
     def measure_due(self, now: float) -> bool:
         """Whether, data flowing, the round trip should be measured again."""
-        return self._established and self._ping_sent_at is None and now - self._pinged_at >= PING_INTERVAL
+        return (
+            self._established
+            and (self._ping_sent_at is None or self._report_out)
+            and now - self._pinged_at >= PING_INTERVAL
+        )
+
+    @property
+    def ping_out(self) -> bool:
+        """Whether a PING is out: no other may be sent."""
+        return self._ping_sent_at is not None
 
     @property
     def ping_ready(self) -> bool:
@@ -168,12 +180,19 @@ class Liveness:
         self.ping_due = True
         return self._ping_count + 1
 
-    def ping(self, now: float, sent: int = 0) -> int:
-        """What a PING says that is sent now, after so many bytes on this connection."""
+    def ping(self, now: float, sent: int = 0, *, report: bool = False) -> int:
+        """What a PING says that is sent now, after so many bytes on this connection.
+
+        Args:
+            report: it is for the datagrams' sake alone.
+        """
         self.ping_due = False
         self._ping_count += 1
         self._pace.take(sent // PING_BYTES, now)
-        self._ping_sent_at = self._pinged_at = now
+        self._ping_sent_at = now
+        self._report_out = report
+        if not report:
+            self._pinged_at = now
         return self._ping_count
 
     # Time

@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 from konnektor.admission import Admission, Role
 from konnektor.credit import Pool
+from konnektor.datagrams import Datagrams
 from konnektor.deadlines import Deadlines
 from konnektor.drain import Drain, Step
 from konnektor.errors import (
@@ -46,7 +47,7 @@ from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, 
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
-from konnektor.mux_stream import MuxStream, Sink
+from konnektor.mux_stream import DatagramSink, MuxStream, Sink
 from konnektor.outbound import BATCH, PAYLOAD, Outbound
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
@@ -54,7 +55,7 @@ from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
 from konnektor.states import Receiving, Sending
 
-__all__ = ["BATCH", "PAYLOAD", "Handler", "Mux", "MuxStream", "Role", "Sink"]
+__all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
 RESET_OWED: Final = 30.0
 """Seconds after the ACK of a STOP or REFUSE within which the peer must have ended its half."""
@@ -105,7 +106,7 @@ class Mux:
         peer: what the peer declared; ``FLOORS`` before its HELLO.
         error: why the session ended, None while it lives.
         streams: those that are on the wire, by id.
-        pool, flight: the receive budget and the estimates of the path; for statistics.
+        pool, flight, datagrams: the receive budget, the estimates of the path, and what is lossy; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
         resumption: how the session outlives its connection.
         pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
@@ -142,6 +143,7 @@ class Mux:
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
+        self.datagrams = Datagrams()
         self.scheduler = Scheduler()
         self.admission = Admission(role, limits.initial_streams)
         self.liveness = Liveness(now, limits.hello_timeout)
@@ -216,6 +218,7 @@ class Mux:
         priority: int = 1,
         deadline: float | None = None,
         tlvs: Mapping[int, bytes] | None = None,
+        datagrams: bool = False,
     ) -> MuxStream:
         """Opens a stream of the type ``name``; the peer's answer comes to the sink.
 
@@ -230,9 +233,11 @@ class Mux:
             priority: 0 interactive, 1 default, 2 bulk.
             deadline: seconds the whole opening may take, at most 300.
             tlvs: more parameters, by ``OpenTLV`` id.
+            datagrams: whether the type carries them.
 
         Raises:
             SessionClosedError: the session is over or draining.
+            UnsupportedError: it is to carry datagrams, and one of the two sides has none.
             StreamError: its connection has been broken for longer than a moment.
             LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority.
         """
@@ -248,7 +253,11 @@ class Mux:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"
             )
+        if datagrams and self.hello_received and not self.datagrams.agreed:
+            raise stream_error(Code.UNSUPPORTED, "this session has no datagrams")
         stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
+        if datagrams:
+            stream.carry_datagrams()
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
         stream.released = True
@@ -320,7 +329,7 @@ class Mux:
             self._drain_on(now)
         parts: list[Buffer] = []
         self._awake = False
-        in_flight = self.flight.in_flight
+        sequenced = self.flight.sequenced
         if self.error is None:
             # What sinks add meanwhile needs no call of output_pending: whoever called is asked to come again.
             self._rendering = True
@@ -339,8 +348,10 @@ class Mux:
                 self._close_frame = None
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
         replay = self.resumption.replay
-        if replay is not None and (new := self.flight.in_flight - in_flight):
-            replay.keep(data, len(data) - new)
+        if replay is not None and (new := self.flight.sequenced - sequenced):
+            lossy = frozenset(self.outbound.lossy)
+            kept = b"".join(part for at, part in enumerate(parts) if at not in lossy) if lossy else data
+            replay.keep(kept, len(kept) - new)
         self.bytes_sent += len(data)
         return data
 
@@ -401,6 +412,7 @@ class Mux:
         self.peer = peer
         self.resumption.agreed(ticket, both=bool(self.settings.features & peer.features & Feature.RESUME))
         self.hello_received = True
+        self.datagrams.agreed = bool(self.settings.features & peer.features & Feature.DATAGRAM)
         self.admission.allow(peer.initial_streams)
         for stream in (*self.streams.values(), *self.opens):
             # Opened by a client that did not wait; what exceeds the floors may flow from here on.
@@ -448,7 +460,7 @@ class Mux:
         """
         rtt = self.liveness.pong(opaque, now)
         self.flight.on_rtt(rtt, self.bytes_received)
-        if self.liveness.ping_due:
+        if self.liveness.ping_due or self.scheduler or self.flight.report_wanted:
             self.wake()
         self.handler.pong_received(opaque, rtt)
 
@@ -511,6 +523,7 @@ class Mux:
         self.inbound.pong = None
         self.inbound.acks.forget()
         self.liveness.suspended()
+        self.drop_datagrams()
         self.arm(self.resumption.due)
         if self.leaving.begun:
             self._drain_on(now)
@@ -568,9 +581,18 @@ class Mux:
 
     def schedule(self, stream: MuxStream) -> bool:
         """Queues the stream for sending if it has what to send and may."""
+        if self.has_to_send(stream):
+            self.scheduler.add(stream)
+            return True
+        return False
+
+    def has_to_send(self, stream: MuxStream) -> bool:
+        """Whether the stream has data, datagrams or its FIN to send, and may."""
         sending = stream.sending
         if stream.accept_tlvs is not None or (sending is not Sending.OPEN and sending is not Sending.FINISHING):
             return False
+        if stream.datagrams and self.may_send_datagrams(stream):
+            return True
         pending = stream.queued
         window = stream.send_window
         if pending:
@@ -578,8 +600,18 @@ class Mux:
                 return False
         elif sending is Sending.OPEN:
             return False
-        self.scheduler.add(stream)
         return True
+
+    def may_send_datagrams(self, stream: MuxStream) -> bool:
+        """Whether the peer would take a datagram: not before it has accepted the stream."""
+        return self.datagrams.agreed and stream.receiving not in (Receiving.AWAITING, Receiving.GIVEN_UP)
+
+    def drop_datagrams(self) -> None:
+        """The connection is gone: what waits to be sent is dropped, and nothing of them is in flight any more."""
+        for stream in (*self.streams.values(), *self.opens):
+            if stream.datagrams is not None:
+                stream.datagrams.clear()
+        self.flight.forget_datagrams()
 
     def want_control(self, stream: MuxStream) -> None:
         """The stream has something to say besides data."""
@@ -674,6 +706,8 @@ class Mux:
         self.flight.assert_invariants()
         self.admission.assert_invariants()
         self.leaving.assert_invariants()
+        self.datagrams.outgoing.assert_invariants()
+        self.datagrams.incoming.assert_invariants()
         for stream in (*self.streams.values(), *self.opens):
             stream.assert_invariants()
             assert not stream.forgotten

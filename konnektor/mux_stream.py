@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from konnektor.credit import ReceiveWindow, SendWindow
+from konnektor.datagrams import DatagramQueue
 from konnektor.errors import (
     Code,
     LocalProtocolError,
@@ -16,13 +17,13 @@ from konnektor.errors import (
     StreamClosedError,
     StreamStateError,
 )
-from konnektor.frames import MAX_OPEN, Buffer, OpenTLV
+from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, Buffer, OpenTLV
 from konnektor.states import RECEIVE, SEND, Event, Receiving, Sending
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
 
-__all__ = ["MuxStream", "Sink"]
+__all__ = ["DatagramSink", "MuxStream", "Sink"]
 
 
 class Sink(Protocol):
@@ -57,6 +58,13 @@ class Sink(Protocol):
         """The stream is forgotten: the last call."""
 
 
+class DatagramSink(Sink, Protocol):
+    """The sink of a stream whose type carries datagrams."""
+
+    def datagram_received(self, data: memoryview, /) -> None:
+        """A datagram came. ``data`` is valid during the call only."""
+
+
 class MuxStream:
     """A stream as the multiplexer keeps it. Made by ``Mux.open`` and ``Handler.stream_opened``.
 
@@ -66,6 +74,7 @@ class MuxStream:
         tlvs: parameters of the peer's OPEN or ACCEPT, by ``OpenTLV``.
         sink: where events go; may be exchanged at any time.
         queued: bytes waiting to be sent.
+        datagrams: those waiting to be sent; None if the stream's type has none.
         low_water: where ``sink.writable`` is called after ``want_room``.
         deadline: when the opening is given up.
     """
@@ -75,6 +84,7 @@ class MuxStream:
         "_queue",
         "accept_tlvs",
         "credit_due",
+        "datagrams",
         "deadline",
         "deficit",
         "finish_wanted",
@@ -130,6 +140,7 @@ class MuxStream:
         self.send_window = SendWindow(0)
         self._queue: deque[Buffer] | None = None
         self.queued = 0
+        self.datagrams: DatagramQueue | None = None
         self.low_water = 0
         self.room_wanted = False
         self.finish_wanted = False
@@ -216,12 +227,8 @@ class MuxStream:
             StreamClosedError: the sending half has ended or is ending.
             LocalProtocolError: the peer's OPEN was not accepted yet.
         """
-        sending = self.sending
-        if sending is not Sending.OPEN:
-            if sending is Sending.UNDECIDED:
-                raise LocalProtocolError("accept the stream before sending on it")
-            if sending is not Sending.UNSENT or self.finish_wanted:
-                raise StreamClosedError("the sending half of the stream is closed")
+        if self.sending is not Sending.OPEN:
+            self._check_sendable()
         if not data:
             return
         queue = self._queue
@@ -231,6 +238,42 @@ class MuxStream:
         self.queued += len(data)
         if not self.place:
             self._mux.activate(self)
+
+    def _check_sendable(self) -> None:
+        if self.sending is Sending.UNDECIDED:
+            raise LocalProtocolError("accept the stream before sending on it")
+        if self.sending not in (Sending.OPEN, Sending.UNSENT) or self.finish_wanted:
+            raise StreamClosedError("the sending half of the stream is closed")
+
+    def carry_datagrams(self) -> None:
+        """The stream's type has datagrams: to be called before anything of the stream is sent or received."""
+        self.datagrams = DatagramQueue(self._mux.datagrams.outgoing)
+
+    @property
+    def max_datagram(self) -> int:
+        """Bytes of the largest datagram that the peer takes."""
+        return min(MAX_PAYLOAD, self._mux.peer.max_frame) - 1
+
+    def send_datagram(self, data: bytes) -> None:
+        """Queues a datagram, which must not change afterwards; the queue is bounded and drops its oldest.
+
+        Before the peer's ACCEPT it waits: the peer would drop it.
+
+        Raises:
+            StreamClosedError: the sending half has ended or is ending.
+            LocalProtocolError: it is too large, the stream's type has none, or the peer's OPEN was not accepted yet.
+        """
+        self._check_sendable()
+        if self.datagrams is None:
+            raise LocalProtocolError(f"streams of type {self.name!r} have no datagrams")
+        if len(data) > self.max_datagram:
+            raise LocalProtocolError(f"a datagram takes at most {self.max_datagram} bytes, not {len(data)}")
+        self.datagrams.put(data)
+        self._mux.activate(self)
+
+    def datagram_inbox(self) -> DatagramQueue | None:
+        """A queue for what comes, within the bound of the session; None if the stream's type has no datagrams."""
+        return None if self.datagrams is None else DatagramQueue(self._mux.datagrams.incoming)
 
     def want_room(self, low_water: int = 0) -> None:
         """Asks for one ``sink.writable`` once sending has brought the queue down to ``low_water`` bytes.
@@ -371,6 +414,8 @@ class MuxStream:
         self._queue = None
         self.queued = 0
         self.room_wanted = False
+        if self.datagrams is not None:
+            self.datagrams.clear()
 
     def fail(self, error: PeerError, wanted: tuple[bool, bool]) -> None:
         """Tells the sink about the halves that it still ``wanted``."""
@@ -402,6 +447,7 @@ class MuxStream:
         self.receive_window.assert_invariants()
         self.send_window.assert_invariants()
         assert self.queued == sum(map(len, self._queue or ()))
+        assert not self.datagrams or self.sending in (Sending.OPEN, Sending.FINISHING, Sending.UNSENT)
 
 
 def _check_code(code: int) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from konnektor.abuse import OWN_HINTS, Allowance
+from konnektor.datagrams import DatagramQueue
 from konnektor.frames import (
     HEADER_SIZE,
     VERSION,
@@ -13,6 +14,7 @@ from konnektor.frames import (
     Ack,
     Buffer,
     Credit,
+    FrameType,
     Hello,
     HelloTLV,
     Open,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH", "Outbound"]
 
+_DATAGRAM: Final = int(FrameType.DATAGRAM)
+
 BATCH: Final = 256 * 1024
 """Bytes of one ``data_to_send``, joined at once and written at once: each write costs a system call and wakes
 the peer, whatever its size. (Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
@@ -54,15 +58,17 @@ class Outbound:
 
     Attributes:
         streams_due: a STREAMS is worth sending.
+        lossy: which parts of the latest batch are datagrams: they are not sent again.
         due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hello_sent", "_hints", "_mux", "_waiting", "due", "streams_due")
+    __slots__ = ("_hello_sent", "_hints", "_mux", "_waiting", "due", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._hello_sent = False
         self.streams_due = False
+        self.lossy: list[int] = []
         self.due = math.inf
         self._hints = Allowance(*OWN_HINTS)
         self._waiting: dict[MuxStream, None] = {}
@@ -84,6 +90,7 @@ class Outbound:
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
         mux = self._mux
+        self.lossy = []
         if not mux.may_speak:
             return False
         size = self._hello(parts)
@@ -92,14 +99,14 @@ class Outbound:
         if mux.resumption.greeting:
             parts.append(mux.resumption.greeting)
             mux.resumption.greeting = b""
-        # What is not sequenced stands first in its batch: the rest of it is what is kept to be sent again.
+        # What is not sequenced stands first in its batch: the rest of it, but datagrams, is what is kept to be sent again.
         size += self._unsequenced(parts, now)
         sequenced_from = len(parts)
         flight = mux.flight
         if mux.resumption.replaying:
             parts.append(mux.resumption.replaying.popleft())
             return True
-        if mux.resumption.replay is not None and flight.in_flight >= mux.limits.replay_buffer:
+        if mux.resumption.replay is not None and flight.sequenced >= mux.limits.replay_buffer:
             # Full, it blocks; it never trims.
             return False
         sent_before = flight.sent
@@ -138,10 +145,17 @@ class Outbound:
         parts.append(hello)
         return len(hello)
 
-    def _ping(self, now: float) -> bytes:
+    def _ping(self, now: float, *, report: bool = False) -> bytes:
         mux = self._mux
-        mux.flight.on_ping(now, mux.bytes_received)
-        return Ping(mux.liveness.ping(now, mux.bytes_sent)).encode()
+        mux.flight.on_ping(now, mux.bytes_received, report=report)
+        return Ping(mux.liveness.ping(now, mux.bytes_sent, report=report)).encode()
+
+    def _pace_ping(self, parts: list[Buffer], now: float, *, report: bool) -> None:
+        when = self._mux.liveness.ping_at(self._mux.bytes_sent)
+        if now >= when:
+            parts.append(self._ping(now, report=report))
+        else:
+            self._wait(when)
 
     def _measure(self, parts: list[Buffer], place: int, now: float) -> bool:
         """Puts a PING at ``place`` if the round trip should be measured again; True if bulk must pause for it.
@@ -167,11 +181,10 @@ class Outbound:
         if inbound.acks.due:
             parts.append(Ack(inbound.acks.rendered()).encode())
         if mux.liveness.ping_ready:
-            when = mux.liveness.ping_at(mux.bytes_sent)
-            if now >= when:
-                parts.append(self._ping(now))
-            else:
-                self._wait(when)
+            self._pace_ping(parts, now, report=False)
+        elif not mux.liveness.ping_out and (mux.flight.report_wanted or (mux.flight.pausing and mux.flight.unreported)):
+            # Of datagrams only a PONG tells that they are gone: where they are in its way, the next one measures.
+            self._pace_ping(parts, now, report=True)
         return sum(map(len, parts[before:]))
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
@@ -231,7 +244,7 @@ class Outbound:
         parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.append((self._mux.flight.sent, stream))
-        if stream.queued or stream.sending is Sending.FINISHING:
+        if stream.queued or stream.datagrams or stream.sending is Sending.FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
@@ -279,6 +292,14 @@ class Outbound:
             if sending is not Sending.OPEN and sending is not Sending.FINISHING:
                 scheduler.finish(stream, 0, now)
                 continue
+            if stream.datagrams is not None:
+                if stream.datagrams and mux.may_send_datagrams(stream):
+                    size += self._datagram(stream, stream.datagrams, parts, now)
+                    continue
+                if not mux.has_to_send(stream):
+                    # What it had was dropped meanwhile: others' were newer.
+                    scheduler.finish(stream, 0, now)
+                    continue
             window = stream.send_window
             pending = stream.queued
             count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit)
@@ -299,6 +320,8 @@ class Outbound:
             if flags == 1:
                 scheduler.finish(stream, frame_size, now)
                 stream.move_sending(Event.SENT_END)
+                if stream.datagrams:
+                    stream.datagrams.clear()
                 mux.settle(stream)
             elif left and not flags:
                 scheduler.charge(stream, frame_size, now)
@@ -309,4 +332,23 @@ class Outbound:
                 stream.sink.writable()
         if interactive:
             flight.on_interactive(now)
+        if flight.report_wanted and not mux.liveness.ping_out:
+            # It goes ahead of the next batch.
+            mux.wake()
+        return size
+
+    def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:
+        """The stream's oldest datagram."""
+        mux = self._mux
+        data = queue.take()
+        self.lossy += (len(parts), len(parts) + 1)
+        parts.append(data_header(_DATAGRAM, 0, len(data) + 1, stream.id) + b"\0")
+        parts.append(data)
+        size = HEADER_SIZE + 1 + len(data)
+        mux.datagrams.sent += 1
+        mux.flight.on_datagram(size)
+        if mux.has_to_send(stream):
+            mux.scheduler.charge(stream, size, now)
+        else:
+            mux.scheduler.finish(stream, size, now)
         return size

@@ -6,6 +6,7 @@ mind between the two (DNS rebinding) gains nothing.
 
 - A name rule allows that name only, whatever ordinary address it has.
 - An address or CIDR rule allows those addresses, asked for directly or by any name.
+- A rule is for TCP, unless it says ``udp:``; one for both would open more than was asked for.
 - Addresses that reach the worker itself, its link, its cloud's metadata, or many hosts at once stay shut unless a
   rule *inside* that range names them: ``0.0.0.0/0`` does not open ``127.0.0.1``, ``127.0.0.0/8`` does.
 """
@@ -21,18 +22,21 @@ from typing import Final
 from konnektor.addresses import (
     IPAddress,
     IPNetwork,
+    Protocol,
     format_hostport,
+    format_protocol,
     parse_host,
     parse_network,
     parse_port,
     parse_worker_name,
     quote,
     split_port,
+    split_protocol,
     unwrap,
 )
 from konnektor.errors import ConfigurationError, DeniedError
 
-__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "tcp"]
+__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "tcp", "udp"]
 
 _ANY_PORT: Final = range(1, 65536)
 
@@ -82,17 +86,22 @@ def _special(address: IPAddress) -> tuple[IPNetwork, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class AllowRule:
-    """One permission: a name, a ``*.suffix`` or a network, and its ports. ``parse_allow`` and ``tcp`` make them.
+    """One permission: a name, a ``*.suffix`` or a network, and its ports. ``parse_allow``, ``tcp`` and ``udp`` make them.
 
     Attributes:
         host: a network, a DNS name in lower case, or a name that starts with ``*.``.
         ports: the ports, as ranges.
+        protocol: ``tcp`` or ``udp``.
     """
 
     host: IPNetwork | str
     ports: tuple[range, ...]
+    protocol: Protocol = "tcp"
 
     def __str__(self) -> str:
+        return format_protocol(self.protocol) + self._destination()
+
+    def _destination(self) -> str:
         if isinstance(self.host, str):
             host = self.host
         else:
@@ -105,9 +114,9 @@ class AllowRule:
             return f"{host}:*"
         return f"{host}:{','.join(f'{r[0]}-{r[-1]}' if len(r) > 1 else str(r[0]) for r in self.ports)}"
 
-    def covers_port(self, port: int) -> bool:
+    def covers_port(self, port: int, protocol: Protocol = "tcp") -> bool:
         """Whether the port is one of the rule's."""
-        return any(port in ports for ports in self.ports)
+        return protocol == self.protocol and any(port in ports for ports in self.ports)
 
     def names(self, name: str) -> bool:
         """Whether this is a name rule for the name (lower case, no trailing dot)."""
@@ -133,28 +142,40 @@ def tcp(host: str, ports: int | str) -> AllowRule:
     Raises:
         ConfigurationError: one sentence that says what to write.
     """
+    return _rule(host, ports, "tcp")
+
+
+def udp(host: str, ports: int | str) -> AllowRule:
+    """A rule for UDP; arguments and errors as ``tcp``."""
+    return _rule(host, ports, "udp")
+
+
+def _rule(host: str, ports: int | str, protocol: Protocol) -> AllowRule:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    return AllowRule(_parse_rule_host(host), _parse_ports(str(ports)))
+    return AllowRule(_parse_rule_host(host), _parse_ports(str(ports)), protocol)
 
 
 def parse_allow(text: str) -> AllowRule:
     """``HOST-OR-CIDR:PORTS``, such as ``10.0.0.0/8:80,443``, ``*.svc.example:*`` or ``[::1]:8000-8100``.
 
+    With ``udp:`` in front it is a rule for UDP, else for TCP.
+
     Raises:
         ConfigurationError: one sentence that says what to write.
     """
+    protocol, destination = split_protocol(text)
     try:
-        host, ports = split_port(text)
+        host, ports = split_port(destination)
     except ConfigurationError:
         raise ConfigurationError(
             f"rule {quote(text)} is not HOST:PORTS: write it as 10.0.0.0/8:80,443 or db.example:5432 or [::1]:*"
         ) from None
-    return AllowRule(_parse_rule_host(host), _parse_ports(ports))
+    return AllowRule(_parse_rule_host(host), _parse_ports(ports), protocol)
 
 
 def parse_grant_from(text: str) -> tuple[str, AllowRule]:
-    """``NAME=HOST-OR-CIDR:PORTS``: what the worker NAME may reach at the control plane's end.
+    """``NAME=RULE``, with a rule as ``parse_allow`` reads it: what the worker NAME may reach at the control plane's end.
 
     Raises:
         ConfigurationError: one sentence that says what to write.
@@ -203,7 +224,7 @@ class AllowList:
     def __init__(self, rules: Iterable[AllowRule] = ()) -> None:
         self.rules = tuple(rules)
 
-    def check_name(self, host: str, port: int) -> None:
+    def check_name(self, host: str, port: int, protocol: Protocol = "tcp") -> None:
         """First stage, before resolving: refuses what no resolved address could make acceptable.
 
         For an IP address this is the whole check.
@@ -213,35 +234,36 @@ class AllowList:
         """
         wanted = _parse_wanted(host)
         if not isinstance(wanted, str):
-            self._check(wanted, wanted, port)
+            self._check(wanted, wanted, port, protocol)
         elif not any(
-            rule.covers_port(port) and (rule.names(wanted) or not isinstance(rule.host, str)) for rule in self.rules
+            rule.covers_port(port, protocol) and (rule.names(wanted) or not isinstance(rule.host, str))
+            for rule in self.rules
         ):
-            raise DeniedError(f"no rule allows {format_hostport(wanted, port)}")
+            raise DeniedError(f"no rule allows {format_protocol(protocol)}{format_hostport(wanted, port)}")
 
-    def check_address(self, host: str, address: IPAddress | str, port: int) -> None:
+    def check_address(self, host: str, address: IPAddress | str, port: int, protocol: Protocol = "tcp") -> None:
         """Second stage, for an address that the host resolved to; dial this address and no other.
 
         Raises:
             DeniedError: no rule allows the host at this address.
         """
-        self._check(_parse_wanted(host), ip_address(address), port)
+        self._check(_parse_wanted(host), ip_address(address), port, protocol)
 
-    def checker(self, host: str, port: int) -> Callable[[IPAddress], None]:
+    def checker(self, host: str, port: int, protocol: Protocol = "tcp") -> Callable[[IPAddress], None]:
         """``check_address`` for one destination, as ``dial`` takes it."""
         wanted = _parse_wanted(host)
-        return lambda address: self._check(wanted, address, port)
+        return lambda address: self._check(wanted, address, port, protocol)
 
-    def _check(self, wanted: IPAddress | str, address: IPAddress, port: int) -> None:
+    def _check(self, wanted: IPAddress | str, address: IPAddress, port: int, protocol: Protocol) -> None:
         address = unwrap(address)
         special = _special(address)
         for rule in self.rules:
-            if rule.covers_port(port) and (
+            if rule.covers_port(port, protocol) and (
                 rule.opens(address) or (special is None and isinstance(wanted, str) and rule.names(wanted))
             ):
                 return
         at = format_hostport(address, port)
-        seen = f"{wanted} at {at}" if isinstance(wanted, str) else at
+        seen = format_protocol(protocol) + (f"{wanted} at {at}" if isinstance(wanted, str) else at)
         if special is None:
             raise DeniedError(f"no rule allows {seen}")
         raise DeniedError(f"no rule inside {special[0]} allows {seen}, a {special[1]} address")

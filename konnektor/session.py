@@ -43,7 +43,7 @@ from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
 from konnektor.settings import Settings
 from konnektor.states import Sending
 from konnektor.stream import Inbox, Stream
-from konnektor.stream_types import StreamType, Tcp
+from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.transport import StreamTransport
 
 __all__ = ["Handlers", "Session", "SessionStats", "StreamHandler", "StreamListener"]
@@ -112,6 +112,8 @@ class SessionStats:
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
         granted_idle: the part of it that streams hold which have had no use for it in the last 30 s.
         pool_free: of the receive pool, neither reserved nor granted.
+        datagrams_sent, datagrams_received: on the wire, ever.
+        datagrams_dropped: thrown away here, ever: pushed out by newer ones, or nobody could take them.
         resumed: how often it went on over another connection.
     """
 
@@ -123,6 +125,9 @@ class SessionStats:
     granted: int
     granted_idle: int
     pool_free: int
+    datagrams_sent: int
+    datagrams_received: int
+    datagrams_dropped: int
     resumed: int
 
 
@@ -353,6 +358,16 @@ class Session:
         """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``."""
         return await self.open(Tcp(host, port), **kwargs)
 
+    async def open_udp(self, host: str, port: int, **kwargs: Any) -> Stream:
+        """Opens a UDP socket at the peer, connected to ``host:port``; arguments and errors as ``open``.
+
+        Its datagrams are ``Stream.send_datagram`` and ``Stream.receive_datagram``.
+
+        Raises:
+            UnsupportedError: the peer has no datagrams, too.
+        """
+        return await self.open(Udp(host, port), **kwargs)
+
     def open_sink(
         self, request: StreamType, sink: Sink, *, deadline: float | None = None, priority: int | None = None
     ) -> MuxStream:
@@ -364,6 +379,7 @@ class Session:
             now=clock(),
             priority=request.priority if priority is None else priority,
             deadline=deadline,
+            datagrams=request.datagrams,
         )
 
     async def create_connection(
@@ -443,6 +459,9 @@ class Session:
             granted=mux.pool.extra,
             granted_idle=mux.idle_credit(clock()),
             pool_free=mux.pool.free,
+            datagrams_sent=mux.datagrams.sent,
+            datagrams_received=mux.datagrams.received,
+            datagrams_dropped=mux.datagrams.dropped,
             resumed=self._resumed,
         )
 
@@ -650,6 +669,12 @@ class Session:
             mux_stream.refuse(Code.UNSUPPORTED, "malformed header")
             mux_stream.release()
             return
+        if request_type.datagrams:
+            if not self._mux.datagrams.agreed:
+                mux_stream.refuse(Code.UNSUPPORTED, "this session has no datagrams")
+                mux_stream.release()
+                return
+            mux_stream.carry_datagrams()
         inbox = Inbox()
         mux_stream.sink = inbox
         stream = Stream(self, mux_stream, inbox, request)

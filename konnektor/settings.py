@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from konnektor.errors import ConfigurationError, ProtocolError
-from konnektor.frames import HelloTLV, clean_text
+from konnektor.frames import Feature, HelloTLV, clean_text
 from konnektor.limits import Limits
 
 __all__ = ["FLOORS", "Settings"]
@@ -57,7 +57,7 @@ class Settings:
         name: str = "",
         routes: tuple[str, ...] = (),
         labels: Mapping[str, str] | None = None,
-        features: int = 0,
+        features: int = Feature.DATAGRAM,
     ) -> Settings:
         """The declaration of a side with these limits.
 
@@ -69,12 +69,12 @@ class Settings:
             initial_window=limits.initial_window,
             initial_streams=limits.initial_streams,
             idle_timeout=limits.idle_timeout,
-            features=features,
             software=software,
             instance=instance,
             name=name,
             routes=routes,
             labels=dict(labels or {}),
+            features=int(features),
         )
         lines = [software, name, *routes, *(f"{key}={value}" for key, value in settings.labels.items())]
         if any("\n" in line for line in lines) or any("=" in key for key in settings.labels):

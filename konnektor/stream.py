@@ -14,6 +14,7 @@ import anyio
 import anyio.abc
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
+from konnektor.datagrams import DatagramQueue
 from konnektor.errors import Code, LocalProtocolError, PeerError, SessionLost, StreamClosedError
 from konnektor.mux import MuxStream
 from konnektor.states import Receiving, Sending
@@ -62,13 +63,16 @@ class Inbox:
         eof: the peer has finished.
         forgotten: both halves have ended.
         receive_error, send_error: what broke a half.
-        opened, reader, writer: who waits for the peer's answer, for bytes, for room.
+        datagrams: came and were not read; None if the type has none.
+        opened, reader, datagram_reader, writer: who waits for the peer's answer, for bytes, for a datagram, for room.
         on_cancel: called when the peer gives its stream up before an answer.
     """
 
     __slots__ = (
         "answered",
         "chunks",
+        "datagram_reader",
+        "datagrams",
         "eof",
         "forgotten",
         "mux",
@@ -83,6 +87,7 @@ class Inbox:
     def __init__(self) -> None:
         self.mux: MuxStream | None = None
         self.chunks: Chunks = deque()
+        self.datagrams: DatagramQueue | None = None
         self.answered = False
         self.eof = False
         self.forgotten = False
@@ -90,6 +95,7 @@ class Inbox:
         self.send_error: PeerError | None = None
         self.opened: asyncio.Future[None] | None = None
         self.reader: asyncio.Future[None] | None = None
+        self.datagram_reader: asyncio.Future[None] | None = None
         self.writer: asyncio.Future[None] | None = None
         self.on_cancel: Callable[[], object] | None = None
 
@@ -106,9 +112,15 @@ class Inbox:
         keep(self.chunks, data)
         self._wake(self.reader)
 
+    def datagram_received(self, data: memoryview, /) -> None:
+        assert self.datagrams is not None
+        self.datagrams.put(bytes(data))
+        self._wake(self.datagram_reader)
+
     def eof_received(self) -> None:
         self.eof = True
         self._wake(self.reader)
+        self._wake(self.datagram_reader)
 
     def writable(self) -> None:
         self._wake(self.writer)
@@ -117,17 +129,27 @@ class Inbox:
         if receiving:
             self.receive_error = self.receive_error or error
             if not isinstance(error, SessionLost):
-                self.chunks.clear()
+                self.clear()
         if sending:
             self.send_error = self.send_error or error
-        for waiter in (self.opened, self.reader, self.writer):
-            self._wake(waiter)
+        self.wake_all()
         if sending and self.on_cancel is not None:
             # Unanswered until now, and the answer is settled: nobody waits for a handler that still dials.
             self.on_cancel()
 
     def closed(self) -> None:
         self.forgotten = True
+
+    def clear(self) -> None:
+        """Nobody will read what came."""
+        self.chunks.clear()
+        if self.datagrams is not None:
+            self.datagrams.clear()
+
+    def wake_all(self) -> None:
+        """Whoever waits looks again."""
+        for waiter in (self.opened, self.reader, self.datagram_reader, self.writer):
+            self._wake(waiter)
 
 
 class _Leftover:
@@ -167,6 +189,7 @@ class Stream(anyio.abc.ByteStream):
         self._mux = mux_stream
         self._inbox = inbox
         inbox.mux = mux_stream
+        inbox.datagrams = mux_stream.datagram_inbox()
         self._queue_limit = session.limits.send_queue
         self._closed = False
         self._detached = False
@@ -376,6 +399,61 @@ class Stream(anyio.abc.ByteStream):
         if self._inbox.send_error is None:
             self._mux.finish()
 
+    # Datagrams
+
+    @property
+    def max_datagram(self) -> int:
+        """Bytes of the largest datagram: 65,534, or less if the peer takes only smaller frames."""
+        return self._mux.max_datagram
+
+    @property
+    def datagrams_dropped(self) -> int:
+        """Datagrams of this stream thrown away at this end, either way: too many were waiting, or it ended."""
+        return sum(queue.dropped for queue in (self._mux.datagrams, self._inbox.datagrams) if queue is not None)
+
+    def send_datagram(self, data: bytes) -> None:
+        """Queues a datagram, and never waits: of too many that wait (64 KiB), the oldest are dropped.
+
+        It may be lost on the way, too, or overtake another. Before the peer has accepted the stream it waits.
+
+        Raises:
+            LocalProtocolError: it is larger than ``max_datagram``, the stream's type has no datagrams, or the peer's
+                stream was not accepted yet.
+            PeerError: the stream broke, or the peer asked to stop.
+            StreamClosedError: ``send_eof`` or ``aclose`` was called.
+        """
+        self._check_sendable()
+        self._mux.send_datagram(bytes(data))
+
+    async def receive_datagram(self) -> bytes:
+        """The next datagram; of too many that wait (64 KiB), the oldest are dropped. Cancelling loses nothing.
+
+        Raises:
+            LocalProtocolError: the stream's type has no datagrams, or the peer's stream was not accepted yet.
+            anyio.EndOfStream: the peer finished, and everything was read.
+            PeerError: the stream broke; what was unread is gone. Where the session ended, that is read first.
+            StreamClosedError: closed here.
+            anyio.BusyResourceError: another task is receiving one.
+        """
+        inbox, queue = self._inbox, self._inbox.datagrams
+        if queue is None:
+            raise LocalProtocolError(f"streams of type {self._mux.name!r} have no datagrams")
+        if inbox.datagram_reader is not None:
+            raise anyio.BusyResourceError("receiving from")
+        await checkpoint_if_cancelled()
+        self._check_receivable()
+        while not queue:
+            self._raise_if(inbox.receive_error)
+            if inbox.eof:
+                raise anyio.EndOfStream
+            inbox.datagram_reader = asyncio.get_running_loop().create_future()
+            try:
+                await inbox.datagram_reader
+            finally:
+                inbox.datagram_reader = None
+            self._check_receivable()
+        return queue.take()
+
     # The end
 
     async def aclose(self) -> None:
@@ -405,7 +483,7 @@ class Stream(anyio.abc.ByteStream):
     def _close(self, *, graceful: bool, code: int = Code.CANCELLED, text: str = "") -> None:
         self._closed = True
         inbox, stream = self._inbox, self._mux
-        inbox.chunks.clear()
+        inbox.clear()
         inbox.on_cancel = None
         if not inbox.forgotten:
             if not graceful or stream.sending is Sending.UNDECIDED:
@@ -418,8 +496,7 @@ class Stream(anyio.abc.ByteStream):
                 else:
                     stream.stop(code)
         stream.consumed(stream.receive_window.unread)
-        for waiter in (inbox.reader, inbox.writer, inbox.opened):
-            inbox._wake(waiter)
+        inbox.wake_all()
 
     def detach(self) -> MuxStream:
         """Gives the underlying stream to another sink, which takes over every duty; this object is done.
@@ -428,7 +505,7 @@ class Stream(anyio.abc.ByteStream):
         """
         if self._closed:
             raise StreamClosedError("the stream was closed here")
-        if self._inbox.reader is not None or self._sending:
+        if self._inbox.reader is not None or self._inbox.datagram_reader is not None or self._sending:
             raise anyio.BusyResourceError("using")
         self._closed = self._detached = True
         self._inbox.on_cancel = None
@@ -457,7 +534,7 @@ class Stream(anyio.abc.ByteStream):
         self._closed = True
         # Not here: the collector runs in any thread, and in the middle of anything.
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.session.loop.call_soon_threadsafe(_drop, self._mux)
+            self.session.loop.call_soon_threadsafe(_drop, self._mux, self._inbox)
         if not self._inbox.forgotten:
             warnings.warn(f"{self!r} was dropped without aclose()", ResourceWarning, stacklevel=1, source=self)
 
@@ -479,7 +556,8 @@ class Stream(anyio.abc.ByteStream):
         return stream_pair(self)
 
 
-def _drop(mux_stream: MuxStream) -> None:
+def _drop(mux_stream: MuxStream, inbox: Inbox) -> None:
     """Ends a stream that nobody refers to any more."""
+    inbox.clear()
     mux_stream.cancel()
     mux_stream.consumed(mux_stream.receive_window.unread)

@@ -19,7 +19,7 @@ import msgspec
 
 from konnektor.errors import ConfigurationError
 
-__all__ = ["StreamType", "Tcp"]
+__all__ = ["StreamType", "Tcp", "Udp"]
 
 _NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
 
@@ -42,10 +42,12 @@ class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=Tru
     Attributes:
         name: what OPEN calls it.
         priority: class its streams start in: 0 interactive, 1 default, 2 bulk.
+        datagrams: whether its streams carry datagrams beside their bytes; both peers must say the same.
     """
 
     name: ClassVar[str] = ""
     priority: ClassVar[int] = 1
+    datagrams: ClassVar[bool] = False
 
     def encode(self) -> bytes:
         """The header for OPEN."""
@@ -76,5 +78,14 @@ class Tcp(StreamType, frozen=True):
     """A TCP connection that the accepting end dials; ``host`` is a name or an address, resolved there."""
 
     name: ClassVar[str] = "tcp"
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Udp(StreamType, frozen=True):
+    """A UDP socket at the accepting end, connected to ``host:port``: one datagram is one packet, either way."""
+
+    name: ClassVar[str] = "udp"
+    datagrams: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]

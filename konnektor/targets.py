@@ -1,4 +1,4 @@
-"""What serves ``tcp`` streams at either end: the allow list, the dial, the splice."""
+"""What serves ``tcp`` and ``udp`` streams at either end: the allow list, the dial, the relay."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from konnektor.addresses import format_hostport
+from konnektor.addresses import Protocol, format_hostport, format_protocol
 from konnektor.changes import Changes
-from konnektor.dial import dial, reset_on_close
+from konnektor.dial import dial, dial_udp, reset_on_close
 from konnektor.errors import StreamError
 from konnektor.policy import AllowList
 from konnektor.session import Session
 from konnektor.splice import splice
 from konnektor.stream import Stream
-from konnektor.stream_types import Tcp
+from konnektor.stream_types import Tcp, Udp
+from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 
 __all__ = ["Targets"]
 
@@ -24,11 +25,18 @@ class Targets:
     """Dials what ``allowed(session)`` allows, and nothing else; knows the sockets that are open.
 
     A socket can outlive its stream, and its session: what the peer sent last may still wait for a slow target.
+
+    Args:
+        allowed: what the streams of a session may reach.
+        udp_idle: seconds without a datagram after which a ``udp`` stream ends.
     """
 
-    def __init__(self, allowed: Callable[[Session], AllowList]) -> None:
+    def __init__(self, allowed: Callable[[Session], AllowList], udp_idle: float = IDLE) -> None:
         self._allowed = allowed
+        self.udp_idle = udp_idle
         self._open: set[socket.socket] = set()
+        self._relays: dict[socket.socket, UdpRelay] = {}
+        self._leaving = False
         self._changes = Changes()
 
     async def serve(self, stream: Stream, request: Tcp) -> None:
@@ -37,15 +45,8 @@ class Targets:
         The address that was checked is the address dialed. The stream is accepted once the target is connected;
         what keeps it from that is logged here in full, and told to the peer as a code.
         """
-        session = stream.session
-        allow = self._allowed(session)
-        try:
-            allow.check_name(request.host, request.port)
-            sock = await dial(request.host, request.port, check=allow.checker(request.host, request.port))
-        except StreamError as error:
-            target = format_hostport(request.host, request.port)
-            session.log.warning("refused %s a stream to %s: %s", session.peer_name, target, error)
-            await stream.reject(error.code)
+        sock = await self._dial(stream, request)
+        if sock is None:
             return
         self._open.add(sock)
         closed = partial(self._closed, sock)
@@ -55,9 +56,42 @@ class Targets:
             closed()
             raise
 
+    async def serve_udp(self, stream: Stream, request: Udp) -> None:
+        """The handler for ``Udp``: as ``serve``, but that there is nobody to connect to, and no end but silence."""
+        sock = await self._dial(stream, request)
+        if sock is not None:
+            self._open.add(sock)
+            relay = await relay_udp(stream, sock, idle=self.udp_idle, on_closed=partial(self._closed, sock))
+            self._relays[sock] = relay
+            if self._leaving:
+                relay.leave()
+
+    async def _dial(self, stream: Stream, request: Tcp | Udp) -> socket.socket | None:
+        """A socket for the target, or None: then the stream is refused."""
+        session, host, port = stream.session, request.host, request.port
+        allow = self._allowed(session)
+        protocol: Protocol = "udp" if isinstance(request, Udp) else "tcp"
+        try:
+            allow.check_name(host, port, protocol)
+            return await (dial_udp if protocol == "udp" else dial)(
+                host, port, check=allow.checker(host, port, protocol)
+            )
+        except StreamError as error:
+            target = format_protocol(protocol) + format_hostport(host, port)
+            session.log.warning("refused %s a stream to %s: %s", session.peer_name, target, error)
+            await stream.reject(error.code)
+            return None
+
     def _closed(self, sock: socket.socket) -> None:
         self._open.discard(sock)
+        self._relays.pop(sock, None)
         self._changes.notify()
+
+    def leave(self) -> None:
+        """This end shuts down: of UDP, which has no end, what is silent is over soon."""
+        self._leaving = True
+        for relay in list(self._relays.values()):
+            relay.leave()
 
     def abort(self) -> None:
         """Gives up what targets have not taken yet."""

@@ -117,7 +117,7 @@ class Worker(Endpoint):
             name=self.identity.name,
             routes=tuple(str(parse_route(route)) for route in routes),
             labels=labels,
-            features=Feature.RESUME if self.limits.resume_grace else 0,
+            features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
         self._sessions: dict[tuple[str, int], Session] = {}
         self._links: list[asyncio.Task[None]] = []

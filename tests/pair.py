@@ -28,6 +28,7 @@ class Recorder:
         self.auto = auto
         self.on = on or {}
         self.data = bytearray()
+        self.datagrams = []
         self.events = []
         self.error = None
         self.is_closed = False
@@ -48,6 +49,12 @@ class Recorder:
         if self.auto:
             self.stream.consumed(len(data))
         self._event("data", len(data))
+
+    def datagram_received(self, data):
+        assert isinstance(data, memoryview)
+        assert "eof" not in self.kinds
+        self.datagrams.append(bytes(data))
+        self._event("datagram", len(data))
 
     def eof_received(self):
         assert "eof" not in self.kinds
@@ -118,6 +125,8 @@ class Side:
         sink.stream = stream
         self.opened.append(stream)
         self.all.append(stream)
+        if stream.name == "udp":
+            stream.carry_datagrams()
         self._event("opened", stream.id)
         if self.on_open is not None:
             self.on_open(stream)
@@ -313,7 +322,7 @@ class Pair:
 
     def __init__(self, limits=SMALL, server_limits=None, *, hello=True, resumable=False):
         self.now = 1000.0
-        features = Feature.RESUME if resumable else 0
+        features = Feature.DATAGRAM | (Feature.RESUME if resumable else 0)
         ticket = Ticket(b"session id of 16", b"K" * 32) if resumable else None
         self.client = Side(self, "client", limits, features=features)
         self.server = Side(self, "server", server_limits or limits, features=features, ticket=ticket)

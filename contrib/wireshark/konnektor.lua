@@ -177,8 +177,10 @@ for number, frame in pairs(FRAMES) do
     frame.most = frame.most or math.min(size + open_end, MAX_PAYLOAD)
 end
 
-define("open.tcp.host", "Host", "string")
-define("open.tcp.port", "Port", "uint16")
+for _, name in ipairs({"tcp", "udp"}) do
+    define("open." .. name .. ".host", "Host", "string")
+    define("open." .. name .. ".port", "Port", "uint16")
+end
 define("open.name_length", "Length of the stream type", "uint8")
 define("hello.features.resume", "Resume", "bool", 32, nil, 1)
 define("hello.features.datagrams", "Datagrams", "bool", 32, nil, 2)
@@ -396,10 +398,11 @@ function read.magic(context, node, name, range)
     return value, item
 end
 
--- A stream type's own header; that of an OPEN of `tcp` is known. An ACCEPT does not say which type it is about.
+-- A stream type's own header; that of an OPEN of `tcp` or `udp` is known. An ACCEPT does not say which type it is about.
 function read.header(context, node, name, range)
     local item = node:add(fields[name], range)
-    if context.values.name ~= "tcp" then return nil, item end
+    local kind = context.values.name
+    if kind ~= "tcp" and kind ~= "udp" then return nil, item end
     local map = string_map(range:raw())
     local host, port = map and map.host, map and map.port
     if not (host and host[4] == "string" and #host[1] >= 1 and port and port[4] == "uint"
@@ -408,8 +411,8 @@ function read.header(context, node, name, range)
         return nil, item
     end
     local cleaned = clean(host[1])
-    item:add(fields["open.tcp.host"], range(host[2] - 1, host[3] - host[2] + 1), cleaned)
-    item:add(fields["open.tcp.port"], range(port[2] - 1, port[3] - port[2] + 1), port[1])
+    item:add(fields["open." .. kind .. ".host"], range(host[2] - 1, host[3] - host[2] + 1), cleaned)
+    item:add(fields["open." .. kind .. ".port"], range(port[2] - 1, port[3] - port[2] + 1), port[1])
     local target = (string.find(cleaned, ":", 1, true) and "[" .. cleaned .. "]:" or cleaned .. ":") .. port[1]
     context.values.target = " " .. target
     return target, item

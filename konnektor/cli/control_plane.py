@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
+from konnektor.addresses import Forward, format_hostport, format_protocol, parse_forward, parse_hostport
 from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.control_plane import ControlPlane
 from konnektor.frontends.urls import Frontend, parse_frontend
@@ -44,8 +44,9 @@ def _listen(text: str) -> str:
     "forwards",
     multiple=True,
     type=Parsed("forward", parse_forward),
-    metavar="LISTEN=WORKER/HOST:PORT",
-    help="Forward a local address. Example: --forward 127.0.0.1:5432=node-1/10.0.0.7:5432",
+    metavar="[udp:]LISTEN=WORKER/HOST:PORT",
+    help="Forward a local address; with udp: in front, of UDP. Example: --forward 127.0.0.1:5432=node-1/10.0.0.7:5432 "
+    "--forward udp:127.0.0.1:5353=node-1/10.0.0.53:53",
 )
 @click.option(
     "--grant-route",
@@ -59,8 +60,9 @@ def _listen(text: str) -> str:
     "--allow-from",
     multiple=True,
     type=Parsed("grant", parse_grant_from),
-    metavar="NAME=HOST-OR-CIDR:PORTS",
-    help="Let streams of worker NAME reach an address here. Example: --allow-from node-1=10.0.0.1:6443",
+    metavar="NAME=[udp:]HOST-OR-CIDR:PORTS",
+    help="Let streams of worker NAME reach an address here; TCP unless it says udp:. "
+    "Example: --allow-from node-1=10.0.0.1:6443",
 )
 @endpoint_options
 def control_plane(
@@ -89,7 +91,8 @@ def control_plane(
                 ready.append(f"{frontend.kind}={bound}")
             for forward in forwards:
                 bound = await endpoint.add_forward(forward)
-                ready.append(f"forward={bound}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
+                where = format_protocol(forward.protocol) + bound
+                ready.append(f"forward={where}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
             say_ready(" ".join(ready))
             await asyncio.Event().wait()
 

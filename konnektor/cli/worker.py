@@ -38,9 +38,9 @@ def _route(text: str) -> str:
     multiple=True,
     required=True,
     type=Parsed("rule", parse_allow),
-    metavar="HOST-OR-CIDR:PORTS",
-    help="What streams may reach here, and nothing else; may be given again. "
-    "Example: --allow 10.0.0.0/8:80,443 --allow '*.svc.example:*' --allow '[::1]:8000-8100'",
+    metavar="[udp:]HOST-OR-CIDR:PORTS",
+    help="What streams may reach here, and nothing else; TCP unless it says udp:; may be given again. "
+    "Example: --allow 10.0.0.0/8:80,443 --allow '*.svc.example:*' --allow '[::1]:8000-8100' --allow udp:10.0.0.53:53",
 )
 @click.option(
     "--route",

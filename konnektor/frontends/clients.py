@@ -16,13 +16,14 @@ from konnektor.dial import reset_on_close, set_options
 from konnektor.errors import KonnektorError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
+from konnektor.frontends.udp_forward import UdpForward
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
 from konnektor.handshake import explain, with_alerts
-from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from konnektor.listening import Acceptor, bind_tcp, bind_udp, bind_unix, bound_name
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.socket_transport import SocketTransport
-from konnektor.stream_types import Tcp
+from konnektor.stream_types import Tcp, Udp
 from konnektor.tls import frontend_context
 
 __all__ = ["Clients"]
@@ -48,18 +49,24 @@ class Clients:
         self._session_of = session_of
         self._acceptors: list[Acceptor] = []
         self._here: set[asyncio.Transport] = set()
+        self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
 
     async def add_forward(self, forward: Forward) -> str:
         """Listens on a local address for one destination; see ``ControlPlane.add_forward``."""
-        request = Tcp(forward.host, forward.port)
 
         def refused(error: KonnektorError) -> None:
             logger.warning("forward %s: %s", forward, error)
 
+        choose = partial(self._session_of, forward.worker)
+        if forward.protocol == "udp":
+            sockets = await bind_udp(forward.listen_host, forward.listen_port)
+            return await self._listen_udp(sockets, choose, Udp(forward.host, forward.port), refused)
+        request = Tcp(forward.host, forward.port)
+
         def make() -> ForwardSplice:
-            return ForwardSplice(partial(self._session_of, forward.worker), request, refused)
+            return ForwardSplice(choose, request, refused)
 
         return self._listen(await bind_tcp(forward.listen_host, forward.listen_port), make)
 
@@ -79,6 +86,29 @@ class Clients:
         for sock in sockets:
             self._acceptors.append(Acceptor(sock, partial(self._accepted, make, context)))
         return name
+
+    async def _listen_udp(
+        self,
+        sockets: list[socket.socket],
+        choose: Callable[[], Session],
+        request: Udp,
+        refused: Callable[[KonnektorError], None],
+    ) -> str:
+        name = bound_name(sockets[0])
+        while sockets:
+            forward = UdpForward(sockets.pop(0), choose, request, refused, self._closed_udp)
+            self._udp.add(forward)
+            try:
+                await forward.open()
+            except BaseException:
+                for sock in sockets:
+                    sock.close()
+                raise
+        return name
+
+    def _closed_udp(self, forward: UdpForward) -> None:
+        self._udp.discard(forward)
+        self._changes.notify()
 
     def _accepted(self, make: Factory, context: ReloadingContext | None, sock: socket.socket, address: Any) -> None:
         if sock.family != socket.AF_UNIX:
@@ -140,12 +170,16 @@ class Clients:
             protocol = transport.get_protocol()
             if isinstance(protocol, HttpConnect):
                 protocol.leave()
+        for forward in list(self._udp):
+            forward.leave()
 
     def abort(self) -> None:
         """Drops every client, so that none of them takes it for the end of what it was reading."""
         for transport in list(self._here):
             reset_on_close(transport.get_extra_info("socket"))
             transport.abort()
+        for forward in list(self._udp):
+            forward.close()
         for task in self._tasks:
             task.cancel()
 
@@ -153,4 +187,4 @@ class Clients:
         """Waits until every client is gone. Cancelling is safe."""
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await self._changes.wait_for(lambda: not self._here)
+        await self._changes.wait_for(lambda: not self._here and not self._udp)

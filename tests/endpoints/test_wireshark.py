@@ -23,7 +23,7 @@ from konnektor.errors import Code
 from konnektor.frames import HEADER, HEADER_SIZE, FrameType, HelloTLV, OpenTLV
 from konnektor.handshake import AlertingSSLObject
 from konnektor.settings import FLOORS, Settings
-from konnektor.stream_types import Tcp
+from konnektor.stream_types import Tcp, Udp
 from tests.endpoints.parts import target, unused_port
 from tests.tools import needs
 
@@ -222,11 +222,13 @@ def tlvs_shown(prefix, tlvs, seen):
         expected.add(f"{prefix}.{name}")
         if name == "features":
             expected |= {"hello.features.resume", "hello.features.datagrams"}
-        if name == "header" and seen.shows("open.tcp.host"):
-            request = Tcp.decode(value)
-            assert seen.shows("open.tcp.host") == [frames.clean_text(request.host.encode())]
-            assert seen.shows("open.tcp.port") == [str(request.port)]
-            expected |= {"open.tcp.host", "open.tcp.port"}
+        for request_type in (Tcp, Udp):
+            host, port = (f"open.{request_type.name}.{part}" for part in ("host", "port"))
+            if name == "header" and seen.shows(host):
+                request = request_type.decode(value)
+                assert seen.shows(host) == [frames.clean_text(request.host.encode())]
+                assert seen.shows(port) == [str(request.port)]
+                expected |= {host, port}
     return expected
 
 
@@ -473,6 +475,8 @@ def odd_frames():
         (opened({1: b""}, "other@x"), [], []),
         *((opened({1: raw}), [], ["malformed_header"]) for raw in BAD_HEADERS),
         *((opened({1: raw}), [], []) for raw in GOOD_HEADERS),
+        (opened({1: Udp("::1", 53).encode()}, "udp"), [], []),
+        (opened({1: b"\x80"}, "udp"), [], ["malformed_header"]),
     ]
 
 
@@ -520,8 +524,8 @@ def test_odd_frames(tshark, odd_frames):
         if not errors:
             raw = frame.encode()
             assert_same(frame, seen, raw)
-            if raw[0] == FrameType.OPEN and frame.name == "tcp" and 1 in frame.tlvs:
-                assert ("open.tcp.host" in seen.fields) is not bool(notes)
+            if raw[0] == FrameType.OPEN and frame.name in ("tcp", "udp") and 1 in frame.tlvs:
+                assert (f"open.{frame.name}.host" in seen.fields) is not bool(notes)
 
 
 def test_codes_have_their_names(tshark):

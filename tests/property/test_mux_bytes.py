@@ -38,7 +38,7 @@ TLVS = st.dictionaries(st.integers(0, 2**16 - 1), st.binary(max_size=20), max_si
 NAMES = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20)
 FRAMES = st.one_of(
     st.builds(Data, IDS, st.binary(min_size=1, max_size=40), st.sampled_from([0, 1, 2])),
-    st.builds(Open, IDS, st.integers(0, 2), NAMES, TLVS),
+    st.builds(Open, IDS, st.integers(0, 2), st.just("udp") | NAMES, TLVS),
     st.builds(Accept, IDS, TLVS),
     st.builds(Refuse, IDS, CODES, U32, TEXT),
     st.builds(Reset, IDS, CODES, st.one_of(st.integers(0, 50), U64), TEXT),
@@ -193,7 +193,9 @@ def test_sound_headers_with_garbage_behind_them(headers, hello):
 
 @given(
     st.lists(FRAMES, max_size=30),
-    st.lists(st.sampled_from(["accept", "refuse", "write", "finish", "cancel", "release", "open"]), max_size=30),
+    st.lists(
+        st.sampled_from(["accept", "refuse", "write", "datagram", "finish", "cancel", "release", "open"]), max_size=30
+    ),
 )
 def test_sound_frames_that_make_no_sense(frames, answers):
     pair = Pair()
@@ -212,6 +214,10 @@ def test_sound_frames_that_make_no_sense(frames, answers):
             case "write":
                 stream.accept()
                 stream.write(b"x" * 20_000)
+            case "datagram":
+                stream.accept()
+                if stream.datagrams is not None:
+                    stream.send_datagram(b"x" * 20_000)
             case "finish":
                 stream.accept()
                 stream.finish()

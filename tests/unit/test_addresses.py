@@ -178,7 +178,17 @@ def test_bad_worker_names(name: str) -> None:
         parse_worker_name(name)
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1:8080=node-1/10.0.0.7:80", "[::1]:0=node-1.example/[fd00::1]:65535"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "127.0.0.1:8080=node-1/10.0.0.7:80",
+        "[::1]:0=node-1.example/[fd00::1]:65535",
+        "udp:127.0.0.1:5353=node-1/db:53",
+        "udp:[::1]:0=node-1/[fd00::1]:53",
+        "udp:udp:53=udp/udp:53",
+        "udp:53=udp/udp:53",  # a host named so
+    ],
+)
 def test_forward(text: str) -> None:
     assert str(parse_forward(text)) == text
 
@@ -186,6 +196,9 @@ def test_forward(text: str) -> None:
 def test_forward_fields() -> None:
     expected = Forward("127.0.0.1", 0, "n", "db.example", 5432)
     assert parse_forward("127.0.0.1:0=n/db.example:5432") == expected
+    assert parse_forward("tcp:127.0.0.1:0=n/db.example:5432") == expected
+    assert parse_forward("udp:127.0.0.1:0=n/db.example:5432") == expected._replace(protocol="udp")
+    assert parse_forward("udp:53=n/db:53") == Forward("udp", 53, "n", "db", 53, "tcp")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +209,8 @@ def test_forward_fields() -> None:
         ("127.0.0.1=n/db:80", "lacks a host or a port"),
         ("127.0.0.1:80=N/db:80", "not usable"),
         ("127.0.0.1:80=n/db:0", "1 to 65535"),
+        ("udp:127.0.0.1=n/db:80", "too many colons|not a number"),
+        ("sctp:127.0.0.1:80=n/db:80", "too many colons"),
     ],
 )
 def test_bad_forward(text: str, says: str) -> None:

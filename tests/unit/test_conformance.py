@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from konnektor import frames
 from tests.property import test_mux_bytes as any_bytes
 from tests.unit import test_abuse as abuse
 from tests.unit import test_core_parts as parts
 from tests.unit import test_credit as credit
+from tests.unit import test_datagrams as datagrams
 from tests.unit import test_mux_drain as drain
 from tests.unit import test_mux_flow as flow
 from tests.unit import test_mux_paths as paths
@@ -125,6 +127,22 @@ CASES = {
     "43 a VM paused for a minute keeps its sessions": [session.test_paused_machine_kills_no_session],
     "44 the in-flight cap does not collapse when the round trip rises": [
         paths.test_the_cap_does_not_collapse_when_the_round_trip_rises_from_10_to_80_ms,
+    ],
+    "45 DATAGRAM that nobody can take is dropped, one on a stream of another kind is fatal": [
+        "DATAGRAM for a stream that was never opened is dropped",
+        "DATAGRAM for a pending stream is dropped",
+        "DATAGRAM for a stream that was given up is dropped",
+        datagrams.test_never_opened_and_forgotten,
+        datagrams.test_pending,
+        datagrams.test_refused,
+        lambda: datagrams.test_finished(frames.Data(1, b"", 1)),
+        datagrams.test_a_type_without,
+        lambda: datagrams.test_used_only_if_both_have_them("client"),
+    ],
+    "46 datagrams that wait are bounded, the oldest go, and those in flight count": [
+        datagrams.test_the_queue_drops_its_oldest_while_the_connection_is_full,
+        datagrams.test_a_session_drops_its_oldest_whosever_it_is,
+        datagrams.test_beyond_the_cap_they_wait_for_a_pong,
     ],
 }
 

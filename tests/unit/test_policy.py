@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError, DeniedError
-from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp
+from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp, udp
 
 
 def allows(rules: str, host: str, port: int, address: str | None = None) -> bool:
@@ -26,7 +26,18 @@ def allows(rules: str, host: str, port: int, address: str | None = None) -> bool
 
 @pytest.mark.parametrize(
     "text",
-    ["db.example:5432", "*.svc.example:*", "10.0.0.7:80,443", "10.0.0.0/8:8000-8100,22", "[::1]:80", "[fd00::/8]:*"],
+    [
+        "udp:10.0.0.53:53",
+        "udp:[::1]:*",
+        "udp:*.example:1-9",
+        "udp:53",
+        "db.example:5432",
+        "*.svc.example:*",
+        "10.0.0.7:80,443",
+        "10.0.0.0/8:8000-8100,22",
+        "[::1]:80",
+        "[fd00::/8]:*",
+    ],
 )
 def test_rules_read_and_print(text: str) -> None:
     assert str(parse_allow(text)) == text
@@ -46,6 +57,10 @@ def test_rules_are_normalised() -> None:
         (tcp("::1", "80,443"), "[::1]:80,443"),
         (tcp("[fd00::/8]", "*"), "[fd00::/8]:*"),
         (tcp("*.a", 1), "*.a:1"),
+        (tcp("*.a", 1), "tcp:*.a:1"),
+        (udp("10.0.0.53", 53), "udp:10.0.0.53:53"),
+        (udp("[::1]", "*"), "udp:[::1]:*"),
+        (tcp("udp", 53), "udp:53"),
     ],
 )
 def test_rules_from_python(rule: AllowRule, text: str) -> None:
@@ -57,6 +72,10 @@ def test_rules_from_python(rule: AllowRule, text: str) -> None:
     [
         ("db.example", "HOST:PORTS"),
         ("::1:80", "HOST:PORTS"),
+        ("udp:::1:80", "HOST:PORTS"),
+        ("sctp:db:80", "HOST:PORTS"),
+        ("udp:db:", "write ports as"),
+        ("udp:*:53", "0.0.0.0/0"),
         ("*:80", "0.0.0.0/0"),
         ("*.10.0.0.1:80", "CIDR"),
         ("*.:80", "neither"),
@@ -79,6 +98,7 @@ def test_bad_rules(text: str, says: str) -> None:
 
 def test_grant_from() -> None:
     assert parse_grant_from("node-1=10.0.0.1:6443") == ("node-1", tcp("10.0.0.1", 6443))
+    assert parse_grant_from("node-1=udp:10.0.0.1:53") == ("node-1", udp("10.0.0.1", 53))
     with pytest.raises(ConfigurationError, match="names no worker"):
         parse_grant_from("10.0.0.1:6443")
     with pytest.raises(ConfigurationError, match="not usable"):
@@ -184,6 +204,24 @@ def test_reasons_say_what_was_seen() -> None:
         allow_list.check_name("fd00::1", 80)
     with pytest.raises(DeniedError, match=r"no rule allows db:80"):
         AllowList().check_name("db", 80)
+
+
+def test_a_rule_is_for_one_protocol() -> None:
+    allow_list = AllowList([tcp("10.0.0.7", 53), udp("10.0.0.8", 53), tcp("db", 53), udp("0.0.0.0/0", 5353)])
+    allow_list.check_name("10.0.0.7", 53)
+    allow_list.check_name("10.0.0.8", 53, "udp")
+    allow_list.check_address("db", "10.0.0.9", 53)
+    allow_list.check_address("db", "10.0.0.8", 53, "udp")
+    with pytest.raises(DeniedError, match=r"no rule allows udp:10\.0\.0\.7:53"):
+        allow_list.check_name("10.0.0.7", 53, "udp")
+    with pytest.raises(DeniedError, match=r"no rule allows 10\.0\.0\.8:53"):
+        allow_list.check_name("10.0.0.8", 53)
+    with pytest.raises(DeniedError, match=r"no rule allows udp:db at 10\.0\.0\.9:53"):
+        allow_list.checker("db", 53, "udp")(ip_address("10.0.0.9"))
+    with pytest.raises(DeniedError, match=r"no rule allows udp:db:54"):
+        allow_list.check_name("db", 54, "udp")
+    with pytest.raises(DeniedError, match=r"no rule inside 127\.0\.0\.0/8 allows udp:127\.0\.0\.1:5353"):
+        allow_list.check_name("127.0.0.1", 5353, "udp")
 
 
 @given(st.ip_addresses())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError
-from konnektor.stream_types import StreamType, Tcp
+from konnektor.stream_types import StreamType, Tcp, Udp
 from tests.pair import Pair
 
 
@@ -21,6 +21,11 @@ class Exec(StreamType):
 def test_round_trip():
     assert Exec.decode(Exec(["a", "b"], tty=True).encode()) == Exec(["a", "b"], tty=True)
     assert Tcp.decode(Tcp("db", 5432).encode()) == Tcp("db", 5432)
+    assert Udp.decode(Udp("db", 53).encode()) == Udp("db", 53)
+
+
+def test_who_carries_datagrams():
+    assert (Tcp.datagrams, Udp.datagrams, Exec.datagrams) == (False, True, False)
 
 
 def test_a_type_can_grow():
