@@ -158,6 +158,9 @@ class ControlPlane(Endpoint):
         for task in self._handshakes:
             task.cancel()
         self._clients.leave()
+        for session in list(self._resumable.values()):
+            if session.suspended:
+                session.close(Code.SHUTDOWN, "the control plane is shutting down")
         if not drain:
             self._clients.abort()
         super()._leave(drain=drain)
@@ -303,19 +306,26 @@ class ControlPlane(Endpoint):
     # Accepting
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
-        task = self._spawn(self._welcome(sock, f"the client at {format_hostport(*address[:2])}"))
+        begun = False
+
+        async def welcome() -> None:
+            nonlocal begun
+            begun = True
+            await self._welcome(sock, f"the client at {format_hostport(*address[:2])}")
+
+        def welcomed(task: asyncio.Task[None]) -> None:
+            self._handshakes.discard(task)
+            if not begun:
+                sock.close()  # cancelled before its first step
+            for acceptor in self._acceptors:
+                acceptor.resume()
+
+        task = self._spawn(welcome())
         self._handshakes.add(task)
-        task.add_done_callback(lambda _: self._welcomed(task, sock))
+        task.add_done_callback(welcomed)
         if len(self._handshakes) >= HANDSHAKES:
             for acceptor in self._acceptors:
                 acceptor.pause()
-
-    def _welcomed(self, task: asyncio.Task[None], sock: socket.socket) -> None:
-        self._handshakes.discard(task)
-        if task.cancelled():
-            sock.close()  # it may never have begun
-        for acceptor in self._acceptors:
-            acceptor.resume()
 
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """From a socket to a session, or one line that says why not."""
@@ -374,6 +384,10 @@ class ControlPlane(Endpoint):
             else:
                 logger.warning("worker %s at %s replaces %s, which is silent", name, _where(session), _where(old))
                 old.close(Code.TIMEOUT, "replaced after silence")
+        for other in self._suspended_of(name):
+            assert other.peer_settings is not None
+            if not settings.instance or other.peer_settings.instance != settings.instance:
+                other.close(Code.SHUTDOWN, "the worker was restarted")
         self._add(session)
         return ""
 
@@ -414,11 +428,16 @@ class ControlPlane(Endpoint):
             "lost the connection of worker %s at %s; it may resume its session within %g s",
             session.peer_name, _where(session), self.limits.resume_grace,
         )  # fmt: skip
-        waiting = [
-            other for other in self._resumable.values() if other.peer_name == session.peer_name and other.suspended
-        ]
-        for other in waiting[:-SUSPENDED]:
+        if self._leaving:
+            # Nobody is let in any more to resume it.
+            session.close(Code.SHUTDOWN, "the control plane is shutting down")
+            return
+        waiting = [other for other in self._suspended_of(session.peer_name) if other is not session]
+        for other in waiting[: max(0, len(waiting) + 1 - SUSPENDED)]:
             other.close(Code.CALM, "too many broken sessions of this worker")
+
+    def _suspended_of(self, name: str) -> list[Session]:
+        return [session for session in self._resumable.values() if session.peer_name == name and session.suspended]
 
     def _resumed(self, session: Session) -> None:
         logger.info(

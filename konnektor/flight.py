@@ -45,6 +45,8 @@ LONGER: Final = 1.25
 """They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
+BATCH_COST: Final = 512
+"""Bytes that a batch costs beside its frames, here and in the replay buffer."""
 REPORT_EVERY: Final = 64 * 1024
 """Bytes of datagrams after which the peer is asked how far it is."""
 CLEAN_EVERY: Final = 40
@@ -139,6 +141,11 @@ class Flight:
     def sequenced(self) -> int:
         """Of the bytes in flight, those of sequenced frames."""
         return self.in_flight - self.unreported - self._reporting
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of memory that unacknowledged frames take, about: tiny ones cost more than they weigh."""
+        return self.sequenced + BATCH_COST * len(self._batches)
 
     @property
     def report_wanted(self) -> bool:

@@ -197,6 +197,10 @@ class Liveness:
 
     # Time
 
+    def heard_lately(self, now: float) -> bool:
+        """Whether the peer lives, and it is not the connection that keeps it from doing what it should."""
+        return now < self.heard_at + self._silence
+
     def check(self, now: float, rtt: float) -> str | None:
         """Judges at ``now``: why the peer is given up, or None. May ask for a PING, and moves ``due``."""
         if not self._established:

@@ -378,7 +378,7 @@ class Mux:
 
     def _check_alive(self, now: float) -> None:
         verdict = self.liveness.check(now, self.flight.rtt)
-        if verdict is not None and self.resumption.possible:
+        if verdict is not None and self.resumption.possible and not self.liveness.heard_lately(now):
             self.handler.connection_dead(verdict)
         elif verdict is not None:
             self.end(PeerTimeoutError(verdict), Close(Code.TIMEOUT, verdict))
@@ -446,7 +446,7 @@ class Mux:
             if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
-        if self.scheduler or self.control or self.opens:
+        if self.scheduler or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
         if self.leaving.begun:
@@ -508,11 +508,11 @@ class Mux:
                 self._abandon(stream, unreachable())
         for stream in list(self.streams.values()):
             if stream.receiving is Receiving.AWAITING:
-                stream.break_off(unreachable(), Code.CANCELLED)
+                # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
+                stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
     def reconnected(self) -> None:
         """There is a connection again: whatever was wanted or armed meanwhile is wanted and armed anew."""
-        self.bytes_received = self.bytes_sent = 0
         self._awake = False
         self.wake()
         if (when := self.next_deadline()) is not None:
@@ -520,6 +520,7 @@ class Mux:
 
     def disconnected(self, now: float) -> None:
         """There is no connection: nothing of its state matters any more, and a drain need not wait for the peer."""
+        self.bytes_received = self.bytes_sent = 0
         self.inbound.pong = None
         self.inbound.acks.forget()
         self.liveness.suspended()

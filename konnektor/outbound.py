@@ -106,7 +106,7 @@ class Outbound:
         if mux.resumption.replaying:
             parts.append(mux.resumption.replaying.popleft())
             return True
-        if mux.resumption.replay is not None and flight.sequenced >= mux.limits.replay_buffer:
+        if mux.resumption.replay is not None and flight.footprint >= mux.limits.replay_buffer:
             # Full, it blocks; it never trims.
             return False
         sent_before = flight.sent

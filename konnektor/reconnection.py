@@ -9,7 +9,15 @@ import ssl
 from typing import TYPE_CHECKING
 
 from konnektor.driver import Driver
-from konnektor.errors import Code, HandshakeError, KonnektorError, ResumeRefusedError, SessionError
+from konnektor.errors import (
+    Code,
+    HandshakeError,
+    IdentityError,
+    KonnektorError,
+    ResumeRefusedError,
+    SessionClosedError,
+    SessionError,
+)
 from konnektor.rejoin import Rejoin
 
 if TYPE_CHECKING:
@@ -40,16 +48,28 @@ class Reconnection:
                 await self._done
         except BaseException as error:
             if self._driver.mux is not self._rejoin:
-                raise  # cancelled a moment too late: the session has gone on
-            self._driver.detach()
-            if isinstance(error, ResumeRefusedError):
-                session.lost(error)
+                # A moment too late: the session has gone on.
+                if isinstance(error, TimeoutError):
+                    return
                 raise
+            self._driver.detach()
+            if isinstance(error, ResumeRefusedError) or (
+                isinstance(error, IdentityError) and isinstance(self._reason, IdentityError)
+            ):
+                # Of a control plane by another name, too: it cannot have the session.
+                session.lost(error)
+                raise ResumeRefusedError(str(error)) from error
             if isinstance(error, TimeoutError):
                 raise HandshakeError(f"no answer to RESUME within {within:g} s") from error
             if isinstance(error, OSError | SessionError):
                 raise HandshakeError(str(error)) from (self._reason or error)
             raise
+
+    def abandon(self, error: SessionError) -> None:
+        """The session has ended meanwhile."""
+        self._driver.detach()
+        if not self._done.done():
+            self._done.set_exception(SessionClosedError(f"the session ended: {error}"))
 
     def _connected(self, transport: asyncio.Transport) -> None:
         try:

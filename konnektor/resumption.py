@@ -180,14 +180,14 @@ class Resumption:
         assert self.replay is not None
         self.suspended = False
         self._settle_at = self._grace_ends = math.inf
+        mux.liveness.resumed(now, waiting=rx_seq < mux.flight.sent)
         if rx_seq > mux.flight.acked:
             mux.acked(rx_seq, now)
         mux.flight.reconnected()
         self.replaying = self.replay.rest(mux.flight.delivered)
-        mux.liveness.resumed(now, waiting=mux.flight.acked < mux.flight.sent)
         mux.reconnected()
 
 
-def unreachable() -> StreamError:
-    """What becomes of streams that cannot wait for the connection."""
-    return stream_error(Code.UNREACHABLE, "the session's connection is broken", refused=True)
+def unreachable(*, refused: bool = True) -> StreamError:
+    """What becomes of streams that cannot wait for the connection; ``refused``: nothing of them was processed."""
+    return stream_error(Code.UNREACHABLE, "the session's connection is broken", refused=refused)

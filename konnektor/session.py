@@ -187,6 +187,9 @@ class Session:
         self.on_ended: Callable[[Session], None] | None = None
         self.log = _Log(logger, {"session": self.number})
         self._resumed = 0
+        self._reconnection: Reconnection | None = None
+        self._sent_before = self._received_before = 0
+        """Bytes on connections that are gone."""
         self._driver = Driver(self._connected, self._connection_lost)
         self._alarm = Alarm(self._due, self._failed)
         # Straight to the driver and the timer: called once or twice in every turn of the loop.
@@ -286,12 +289,19 @@ class Session:
         Raises:
             HandshakeError: not over this connection; its ``__cause__`` says why.
             ResumeRefusedError: the server has the session no more, and now it is over here, too.
-            SessionClosedError: it was over before.
+            SessionClosedError: it was over before, or ended meanwhile.
+            LocalProtocolError: it has a connection, or another attempt is under way.
         """
-        if self.closed:
+        if not self.suspended or self._reconnection is not None:
             sock.close()
-            raise SessionClosedError("the session is closed")
-        await Reconnection(self).run(sock, tls, server_name)
+            if self.closed:
+                raise SessionClosedError("the session is closed")
+            raise LocalProtocolError("the session has a connection, or an attempt at one")
+        self._reconnection = Reconnection(self)
+        try:
+            await self._reconnection.run(sock, tls, server_name)
+        finally:
+            self._reconnection = None
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""
@@ -452,8 +462,8 @@ class Session:
         mux = self._mux
         return SessionStats(
             streams=len(mux.streams),
-            bytes_sent=mux.bytes_sent,
-            bytes_received=mux.bytes_received,
+            bytes_sent=self._sent_before + mux.bytes_sent,
+            bytes_received=self._received_before + mux.bytes_received,
             rtt=mux.flight.rtt,
             in_flight=mux.flight.in_flight,
             granted=mux.pool.extra,
@@ -574,6 +584,8 @@ class Session:
     def _suspend(self, reason: str) -> None:
         """The connection is gone, or given up; the session is not."""
         self._driver.detach()
+        self._sent_before += self._mux.bytes_sent
+        self._received_before += self._mux.bytes_received
         self.log.info("suspended for up to %g s: %s", self.limits.resume_grace, reason)
         self._mux.resumption.suspend(reason, clock())
         if self.on_suspended is not None and self.suspended:
@@ -586,14 +598,17 @@ class Session:
     def resume_requested(self, frame: Resume, nonces: bytes) -> None:
         """The client means another session: that one takes the connection over, and this one ends."""
         found = self._find_session(frame.session_id) if self._find_session is not None else None
-        if found is None or found.peer_name != self.peer_name or not found._mux.resumption.may_grant(frame, nonces):
+        granted = (
+            found is not None and found.peer_name == self.peer_name and found._mux.resumption.may_grant(frame, nonces)
+        )
+        if found is not None and granted and not found.suspended:
+            found._suspend("the peer came back over another connection")
+        if found is None or not granted or not found.suspended:  # it may just have ended, as draining ones do
             self._mux.close(Code.RESUME_REFUSED, "no such session")
             return
         driver, self._driver = self._driver, Driver(self._connected, self._connection_lost)
         self._driver.mux = self._mux
         self.resumed_session = found
-        if not found.suspended:
-            found._suspend("the peer came back over another connection")
         found.adopt(driver)
         found._mux.resumption.grant(frame, nonces, clock())
         found.go_on()
@@ -617,6 +632,10 @@ class Session:
         self._pings.clear()
         if waiting:
             self._pings[self._mux.ping()] = waiting
+        if self.closed:
+            # What the peer had already acknowledged was all that a drain waited for.
+            self._driver.close()
+            return
         self._driver.output_pending()
         self.log.info("resumed")
         if self.on_resumed is not None:
@@ -712,6 +731,8 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
+        if self._reconnection is not None:
+            self._reconnection.abandon(error)
         if self._driver.transport is None:
             self._finish()
         else:

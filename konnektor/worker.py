@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Final
 
 from konnektor.addresses import canonical_host, format_hostport, parse_hostport
@@ -172,7 +172,9 @@ class Worker(Endpoint):
         return [format_hostport(*address) for address, _ in self._up()]
 
     def _up(self) -> list[tuple[tuple[str, int], Session]]:
-        return [item for item in self._sessions.items() if not item[1].closed and not item[1].draining]
+        return [
+            item for item in self._sessions.items() if not (item[1].closed or item[1].draining or item[1].suspended)
+        ]
 
     async def _keep(self, address: tuple[str, int]) -> None:
         """Keeps a session up to one control plane."""
@@ -188,7 +190,6 @@ class Worker(Endpoint):
         except HandshakeError as error:
             self._error = error
             return
-        await self._follow(session, address, lambda: session.closed)
         await session.wait_closed()
         if session.error is not None and session.error.code not in (Code.NO_ERROR, Code.SHUTDOWN):
             self._error = HandshakeError(f"the session with {format_hostport(*address)} broke: {session.error}")
@@ -207,7 +208,7 @@ class Worker(Endpoint):
                 await asyncio.sleep(delay)
                 continue
             since = loop.time()
-            await self._follow(session, address, lambda: session.closed or session.draining)  # noqa: B023 - awaited here
+            await self._changes.wait_for(lambda: session.closed or session.draining)  # noqa: B023 - awaited here
             if loop.time() - since > CALM:
                 backoff.reset()
             if session.closed or not backoff.fresh:
@@ -217,25 +218,30 @@ class Worker(Endpoint):
                 # that one drains as soon, it is no way to run.
                 backoff.next()
 
-    async def _follow(self, session: Session, address: tuple[str, int], done: Callable[[], bool]) -> None:
-        """Waits until the session is ``done``, and gets it another connection whenever one breaks."""
+    async def _follow(self, session: Session, address: tuple[str, int]) -> None:
+        """Gets the session another connection whenever one breaks; cancelled when it ends."""
         peer = f"the control plane at {format_hostport(*address)}"
+        loop = asyncio.get_running_loop()
         backoff = Backoff(last=LAST_RESUMING)
+        since = loop.time()
         while True:
-            await self._changes.wait_for(lambda: session.suspended or done())
-            if not session.suspended:
-                return
+            await self._changes.wait_for(lambda: session.suspended)
+            if loop.time() - since > CALM:
+                backoff.reset()
+            elif not backoff.fresh:
+                # The last connection broke soon: whatever breaks them need not break a thousand a minute.
+                await asyncio.sleep(backoff.next())
+            backoff.fresh = False
             try:
                 sock = await self._dial(address, peer)
                 await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
-                backoff.reset()
-            except ResumeRefusedError:
-                logger.warning("%s no longer knows the session; starting afresh", peer)
-            except KonnektorError as error:
-                if session.suspended:
-                    delay = backoff.next()
-                    logger.warning("cannot resume the session with %s: %s; trying again in %.1f s", peer, error, delay)
-                    await asyncio.sleep(delay)
+                since = loop.time()
+            except ResumeRefusedError as error:
+                logger.warning("%s does not resume the session (%s); starting afresh", peer, error)
+            except Exception as error:
+                if not isinstance(error, KonnektorError):
+                    logger.exception("internal error")  # and yet the worker goes on
+                logger.warning("cannot resume the session with %s: %s; trying again", peer, error)
 
     async def _dial(self, address: tuple[str, int], peer: str) -> socket.socket:
         try:
@@ -273,7 +279,8 @@ class Worker(Endpoint):
             raise HandshakeError(explain(error.__cause__, peer)) from error
         self._sessions[address] = session
         session.on_goaway = lambda _: self._changes.notify()
-        session.on_ended = lambda _: self._changes.notify()
+        following = self._spawn(self._follow(session, address))
+        session.on_ended = lambda _: self._ended(following)
         session.on_suspended = lambda session: self._suspended(session, where)
         session.on_resumed = lambda session: self._resumed(session, where)
         logger.info("connected to %s at %s", session.peer_name, where)
@@ -281,6 +288,10 @@ class Worker(Endpoint):
         _ = self._spawn(self._see_out(session, address))
         self._changes.notify()
         return session
+
+    def _ended(self, following: asyncio.Task[None]) -> None:
+        following.cancel()
+        self._changes.notify()
 
     def _suspended(self, session: Session, where: str) -> None:
         logger.warning("lost the connection to %s at %s; resuming the session", session.peer_name, where)
