@@ -425,7 +425,7 @@ class Mux:
             if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
-        if self.scheduler or self.control or self.opens:
+        if self.scheduler or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
         if self.leaving.begun:

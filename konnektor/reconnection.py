@@ -9,7 +9,14 @@ import ssl
 from typing import TYPE_CHECKING
 
 from konnektor.driver import Driver
-from konnektor.errors import Code, HandshakeError, KonnektorError, ResumeRefusedError, SessionError
+from konnektor.errors import (
+    Code,
+    HandshakeError,
+    KonnektorError,
+    ResumeRefusedError,
+    SessionClosedError,
+    SessionError,
+)
 from konnektor.rejoin import Rejoin
 
 if TYPE_CHECKING:
@@ -40,8 +47,14 @@ class Reconnection:
                 await self._done
         except BaseException as error:
             if self._driver.mux is not self._rejoin:
-                raise  # cancelled a moment too late: the session has gone on
+                if isinstance(error, TimeoutError):
+                    return  # a moment too late: the session has gone on
+                raise
             self._driver.detach()
+            if session.closed:
+                if isinstance(error, SessionError):
+                    raise SessionClosedError("the session ended meanwhile") from error
+                raise
             if isinstance(error, ResumeRefusedError):
                 session.lost(error)
                 raise
@@ -50,6 +63,10 @@ class Reconnection:
             if isinstance(error, OSError | SessionError):
                 raise HandshakeError(str(error)) from (self._reason or error)
             raise
+
+    def session_ended(self, error: SessionError) -> None:
+        """Nothing is left to go on with: the server, which may just have granted it, hears of that."""
+        self._rejoin.close(error.code, error.reason)
 
     def _connected(self, transport: asyncio.Transport) -> None:
         try:

@@ -106,7 +106,7 @@ class SessionStats:
 
     Attributes:
         streams: open now.
-        bytes_sent, bytes_received: of frames, below TLS.
+        bytes_sent, bytes_received: of frames, below TLS, on the connection there is.
         rtt: smoothed round trip; 0 before it was measured.
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
@@ -180,6 +180,7 @@ class Session:
         self.on_ended: Callable[[Session], None] | None = None
         self.log = _Log(logger, {"session": self.number})
         self._resumed = 0
+        self._reconnection: Reconnection | None = None
         self._driver = Driver(self._connected, self._connection_lost)
         self._alarm = Alarm(self._due, self._failed)
         # Straight to the driver and the timer: called once or twice in every turn of the loop.
@@ -279,12 +280,20 @@ class Session:
         Raises:
             HandshakeError: not over this connection; its ``__cause__`` says why.
             ResumeRefusedError: the server has the session no more, and now it is over here, too.
-            SessionClosedError: it was over before.
+            SessionClosedError: it was over before, or ended meanwhile.
+            LocalProtocolError: it is not suspended, or another attempt is under way.
         """
-        if self.closed:
+        if not self.suspended or self._reconnection is not None:
             sock.close()
-            raise SessionClosedError("the session is closed")
-        await Reconnection(self).run(sock, tls, server_name)
+            if self.closed:
+                raise SessionClosedError("the session is closed")
+            why = "not suspended" if not self.suspended else "being resumed already"
+            raise LocalProtocolError(f"the session is {why}")
+        self._reconnection = Reconnection(self)
+        try:
+            await self._reconnection.run(sock, tls, server_name)
+        finally:
+            self._reconnection = None
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""
@@ -589,6 +598,10 @@ class Session:
 
     def go_on(self) -> None:
         """It has gone on, over the connection that was adopted."""
+        if self.closed:
+            # It waited for nothing but to hear that all it had sent has arrived: CLOSE is what is left.
+            self._driver.close()
+            return
         self._resumed += 1
         # The PONGs of the old connection will not come.
         waiting = [future for futures in self._pings.values() for future in futures]
@@ -684,6 +697,8 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
+        if self._reconnection is not None:
+            self._reconnection.session_ended(error)
         if self._driver.transport is None:
             self._finish()
         else:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Final
 
 from konnektor.addresses import canonical_host, format_hostport, parse_hostport
@@ -188,7 +188,6 @@ class Worker(Endpoint):
         except HandshakeError as error:
             self._error = error
             return
-        await self._follow(session, address, lambda: session.closed)
         await session.wait_closed()
         if session.error is not None and session.error.code not in (Code.NO_ERROR, Code.SHUTDOWN):
             self._error = HandshakeError(f"the session with {format_hostport(*address)} broke: {session.error}")
@@ -207,7 +206,7 @@ class Worker(Endpoint):
                 await asyncio.sleep(delay)
                 continue
             since = loop.time()
-            await self._follow(session, address, lambda: session.closed or session.draining)  # noqa: B023 - awaited here
+            await self._changes.wait_for(lambda: session.closed or session.draining)  # noqa: B023 - awaited here
             if loop.time() - since > CALM:
                 backoff.reset()
             if session.closed or not backoff.fresh:
@@ -217,14 +216,12 @@ class Worker(Endpoint):
                 # that one drains as soon, it is no way to run.
                 backoff.next()
 
-    async def _follow(self, session: Session, address: tuple[str, int], done: Callable[[], bool]) -> None:
-        """Waits until the session is ``done``, and gets it another connection whenever one breaks."""
+    async def _follow(self, session: Session, address: tuple[str, int]) -> None:
+        """Gets the session another connection whenever one breaks, draining or not; until it is cancelled."""
         peer = f"the control plane at {format_hostport(*address)}"
         backoff = Backoff(last=LAST_RESUMING)
         while True:
-            await self._changes.wait_for(lambda: session.suspended or done())
-            if not session.suspended:
-                return
+            await self._changes.wait_for(lambda: session.suspended)
             try:
                 sock = await self._dial(address, peer)
                 await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
@@ -234,7 +231,7 @@ class Worker(Endpoint):
             except KonnektorError as error:
                 if session.suspended:
                     delay = backoff.next()
-                    logger.warning("cannot resume the session with %s: %s; trying again in %.1f s", peer, error, delay)
+                    logger.warning("cannot resume the session: %s; trying again in %.1f s", _why(error, peer), delay)
                     await asyncio.sleep(delay)
 
     async def _dial(self, address: tuple[str, int], peer: str) -> socket.socket:
@@ -293,9 +290,17 @@ class Worker(Endpoint):
         self._changes.notify()
 
     async def _see_out(self, session: Session, address: tuple[str, int]) -> None:
+        following = self._spawn(self._follow(session, address))
         await session.wait_closed()
+        following.cancel()
         self._live.discard(session)
         if self._sessions.get(address) is session:
             del self._sessions[address]
         self._changes.notify()
         logger.info("disconnected from %s at %s: %s", session.peer_name, format_hostport(*address), session.error)
+
+
+def _why(error: KonnektorError, peer: str) -> str:
+    """Why there is no new connection, in one sentence for the operator."""
+    cause = error.__cause__
+    return str(error) if cause is None or isinstance(cause, KonnektorError) else explain(cause, peer)
