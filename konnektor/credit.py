@@ -5,22 +5,41 @@ says up to which offset it takes bytes. There is no window for the whole connect
 stalled stream would exhaust it for everybody. Memory is bounded by the *pool* instead: the sum
 of ``granted - consumed`` over all streams never exceeds its size. Each stream that exists, or that
 the peer may still open, has W0 bytes of the pool reserved; what it is granted beyond W0 comes out
-of the rest, and only while there is a rest. So a stalled stream can cost its window, never
-another stream's.
+of the rest, and is never more than it leaves to all others. So a stalled stream can cost its window,
+never another stream's; and where many want much, all converge on the same share.
 
-Credit returns when the application *consumes*, not when bytes arrive. A window starts at W0 and
-grows when the sender says that it was blocked.
+Credit returns when the application *consumes*, not when bytes arrive. A window W starts at W0. Whenever a quarter
+of it has been consumed, it is judged whether it held the stream back:
+
+    excess = consumed - W/2 * elapsed / (RTTmin + TURN)
+    if the sender was blocked and excess > 0:  W = min(W + 4 * excess, 4 * W, limit, share of the pool)
+
+which ends at twice what the application takes in a round trip: a quarter of W may be consumed and not granted yet, and
+what is left covers a round trip that takes half as long again as the shortest one. So credit holds nobody back who reads
+at once, and a reader that is slower than the path has a window that fits its own pace. After 30 s without a grant W shrinks.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from konnektor.errors import FlowControlError
 from konnektor.frames import MAX_OFFSET
+from konnektor.limits import MIB
 
 __all__ = ["Pool", "ReceiveWindow", "SendWindow"]
 
-CRUMB = 1024
+CRUMB: Final = 1024
 """A sender waits for this much credit rather than sending crumbs (silly window syndrome, RFC 1122 4.2.3.4)."""
+
+STEP: Final = MIB
+"""A grant is due at a quarter of the window, or this much if that is less: a wide window is nearly all usable."""
+
+TURN: Final = 0.002
+"""Seconds that both ends' turns of the loop add to the path's round trip under load; nearly all of it on a LAN."""
+
+IDLE: Final = 30.0
+"""Seconds without a grant after which a window is halved, and again for each such period."""
 
 
 class Pool:
@@ -47,10 +66,12 @@ class Pool:
         """Bytes neither reserved nor granted."""
         return self.size - self.base * self.slots - self.extra
 
-    @property
-    def scarce(self) -> bool:
-        """Less than a quarter is free: windows shrink back to W0 at their next grant."""
-        return self.free < self.size >> 2
+    def share(self, held: int) -> int:
+        """What a stream that holds ``held`` bytes beyond its reservation may hold: as much as it leaves to others.
+
+        A sixteenth of the pool is left out, for streams to come.
+        """
+        return max(0, (self.free - (self.size >> 4) + held) >> 1)
 
     def reserve(self) -> bool:
         """Takes a slot for one more stream of our own; False if the pool has no room for it now."""
@@ -81,20 +102,31 @@ class ReceiveWindow:
         blocked: the sender said that it waits for credit.
     """
 
-    __slots__ = ("_limit", "_pool", "blocked", "consumed", "granted", "received", "size")
+    __slots__ = ("_judged", "_judged_at", "_limit", "_pool", "blocked", "consumed", "granted", "received", "size")
 
-    def __init__(self, pool: Pool, limit: int) -> None:
+    def __init__(self, pool: Pool, limit: int, now: float) -> None:
         self._pool = pool
-        self._limit = limit
+        self._limit = max(limit, pool.base)
         self.granted = self.size = pool.base
         self.received = 0
         self.consumed = 0
         self.blocked = False
+        self._judged = 0
+        self._judged_at = now
 
     @property
     def unread(self) -> int:
         """Bytes that came and were not consumed."""
         return self.received - self.consumed
+
+    @property
+    def held(self) -> int:
+        """Bytes of the pool beyond the reservation."""
+        return max(0, self.granted - self.consumed - self._pool.base)
+
+    def idle(self, now: float) -> bool:
+        """Whether nothing was granted for so long that the window is due to shrink."""
+        return now - self._judged_at >= IDLE
 
     def receive(self, count: int) -> None:
         """Counts arrived bytes.
@@ -108,66 +140,63 @@ class ReceiveWindow:
         self.received = received
 
     def consume(self, count: int) -> bool:
-        """Counts bytes the application took. True if a grant is due: a quarter of the window or more."""
+        """Counts bytes the application took. True if a grant is due: a quarter of the window, or STEP."""
         pool = self._pool
         over = self.granted - self.consumed - pool.base
         if over > 0:
             pool.extra -= min(count, over)
         self.consumed += count
         size = self.size
-        if self.consumed + size - self.granted < size >> 2:
-            # Not due by the whole window, so not by the smaller one of a scarce pool either.
-            return False
-        return not pool.scarce or self.consumed + pool.base - self.granted >= pool.base >> 2
+        return self.consumed + size - self.granted >= min(size >> 2, STEP)
 
-    def grant(self) -> int | None:
+    def grant(self, now: float, rtt: float) -> int | None:
         """The new offset for a CREDIT frame, taken from the pool now; None if there is nothing to add.
 
-        A sender that was blocked gets four times the window, as far as the pool allows.
+        Args:
+            now: the time.
+            rtt: smallest recent round trip of the path in seconds; 0 if it was not measured yet, and then nothing grows.
         """
-        pool = self._pool
-        base = pool.base
-        free = pool.free
-        if self.blocked:
-            self.blocked = False
-            self.size = max(base, min(4 * self.size, self._limit, base + (free >> 2)))
-        if free < pool.size >> 2:
-            # Scarce: back to the reservation, which is always there.
-            self.size = base
+        self._judge(now, rtt)
+        pool, held = self._pool, self.held
+        self.size = min(self.size, pool.base + pool.share(held))
         target = self.consumed + self.size
         if target <= self.granted:
             return None
-        held = max(self.granted - self.consumed, base)
-        over = self.size - held
-        if over > free:
-            target -= over - free
-            over = free
-        if over > 0:
-            pool.extra += over
-        if target <= self.granted:
-            return None
+        pool.extra += self.size - pool.base - held
         self.granted = target
         return target
 
+    def _judge(self, now: float, rtt: float) -> None:
+        """Fits the window to what was consumed since it was judged last."""
+        size = self.size
+        consumed = self.consumed - self._judged
+        elapsed = now - self._judged_at
+        if self.idle(now):
+            self.size = max(self._pool.base, int(size * 0.5 ** (elapsed // IDLE)))
+        elif consumed < size >> 2:
+            return
+        elif self.blocked and rtt:
+            excess = consumed - 0.5 * size * elapsed / (rtt + TURN)
+            if excess > 0:
+                self.size = min(size + int(4 * excess), 4 * size, self._limit)
+        self.blocked = False
+        self._judged = self.consumed
+        self._judged_at = now
+
     def end(self) -> None:
         """The peer's half is over (FIN): what was granted beyond it goes back to the pool."""
-        self._shrink(self.received)
+        before = self.held
+        self.granted = self.received
+        self._pool.extra -= before - self.held
 
     def drop(self) -> None:
         """Nobody will read what came: all of it counts as consumed."""
         self.consume(self.unread)
 
-    def _shrink(self, granted: int) -> None:
-        pool = self._pool
-        before = max(0, self.granted - self.consumed - pool.base)
-        after = max(0, granted - self.consumed - pool.base)
-        pool.extra -= before - after
-        self.granted = granted
-
     def assert_invariants(self) -> None:
         """For tests: offsets in order."""
         assert 0 <= self.consumed <= self.received <= self.granted
-        assert self.size >= self._pool.base
+        assert self._pool.base <= self.size <= self._limit
 
 
 class SendWindow:

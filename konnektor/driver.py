@@ -59,6 +59,12 @@ class Machine(Protocol):
     def data_to_send(self, now: float, /) -> bytes:
         """What to write next."""
 
+    def write_blocked(self, now: float, /) -> None:
+        """The transport takes no more."""
+
+    def write_resumed(self) -> None:
+        """It does again."""
+
     def close(self, code: int, reason: str, /) -> None:
         """Ends it, with a CLOSE."""
 
@@ -318,9 +324,11 @@ class Driver(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self.mux.write_blocked(clock())
 
     def resume_writing(self) -> None:
         self._paused = False
+        self.mux.write_resumed()
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:

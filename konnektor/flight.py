@@ -7,74 +7,45 @@ at most ``cap`` bytes unacknowledged:
     cap = max(floor, gain * rate * (rtt_min + slack))
 
 The rate is the largest recent delivery rate (draft-ietf-ccwg-bbr, "delivery rate samples"): bytes
-acknowledged between the sending of a batch and its ACK, over the time between. The gain, 2, lets the cap
-find a faster path by doubling each round trip. Samples of batches that ended for want of data say
-nothing about the path and do not count, unless they are higher. The slack covers the peer's delay in
-acknowledging. Gain and slack are tight while an interactive stream was active, because then delay matters more.
+acknowledged between the sending of a batch and its ACK, over the time between. Samples of batches that ended for want
+of data say nothing about the path and do not count, unless they are higher. The slack covers the peer's delay in
+acknowledging. The gain, 2, lets the cap find a faster path by doubling each round trip. Gain and slack are tight while
+an interactive stream was active, because then delay matters more.
+
+``rtt_min`` is the smallest of the recent *clean* PINGs: those sent with next to nothing of ours in flight, for which
+bulk pauses now and then. When several in a row take longer, the path has become longer, and the older ones are forgotten. One that was answered from behind bulk of the peer's does not count then, or two ends that
+both send bulk would each take the other's queue for a longer path, and drive each other up. What the path can
+take is forgotten at clean PINGs, no sooner. If rates were forgotten by the clock, a path that becomes longer would look
+like a slower one: the cap lets less through per second, which lowers the rate, which lowers the cap, until next to
+nothing is left of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Final
 
-__all__ = ["Flight", "WindowedMax", "WindowedMin"]
+__all__ = ["Flight"]
 
 SLACK_TIGHT: Final = 0.000_25
 SLACK_LOOSE: Final = 0.002
-RTT_WINDOW: Final = 10.0
-RATE_WINDOW: Final = 0.5
-"""Shortest memory of the rate, in seconds; it is ten round trips where that is longer."""
 GAIN_TIGHT: Final = 1.25
 GAIN_LOOSE: Final = 2.0
 INTERACTIVE_FOR: Final = 1.0
 
+REMEMBERED: Final = 20
+"""Clean PINGs: on a busy machine most of them take longer than the path does."""
+AGREEING: Final = 3
+"""Clean PINGs in a row that say that the path is longer than it was, and the older ones of no use."""
+LONGER: Final = 1.25
+"""They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
 CLEAN_EVERY: Final = 40
 """Round trips between PINGs for which the queue is drained: at most a fortieth of the path is idle for it."""
-
-
-class WindowedMax:
-    """The largest of the samples of a sliding window, in two halves: constant space and time."""
-
-    __slots__ = ("_older", "_since", "_younger")
-
-    def __init__(self) -> None:
-        self._older = self._younger = 0.0
-        self._since = 0.0
-
-    def add(self, value: float, now: float, window: float) -> None:
-        """Takes in a sample."""
-        if now - self._since > window / 2:
-            self._older = self._younger if now - self._since <= window else 0.0
-            self._younger = 0.0
-            self._since = now
-        self._younger = max(self._younger, value)
-
-    @property
-    def value(self) -> float:
-        """The maximum, 0 without samples."""
-        return max(self._older, self._younger)
-
-
-class WindowedMin:
-    """The smallest of the samples of a sliding window."""
-
-    __slots__ = ("_inverse",)
-
-    def __init__(self) -> None:
-        self._inverse = WindowedMax()
-
-    def add(self, value: float, now: float, window: float) -> None:
-        """Takes in a sample above 0."""
-        self._inverse.add(1 / value, now, window)
-
-    @property
-    def value(self) -> float:
-        """The minimum, 0 without samples."""
-        inverse = self._inverse.value
-        return 1 / inverse if inverse else 0.0
+DRAIN_LIMIT: Final = 0.1
+"""Seconds, or four round trips if those are longer, that bulk pauses at most: small streams may keep the queue up."""
 
 
 class Flight:
@@ -96,8 +67,12 @@ class Flight:
         "_first_sent_at",
         "_floor",
         "_interactive_at",
-        "_rate",
-        "_rtt_min",
+        "_paths",
+        "_paused_at",
+        "_ping_clean",
+        "_ping_paused",
+        "_rates",
+        "_received",
         "_sizes",
         "acked",
         "delivered",
@@ -114,10 +89,16 @@ class Flight:
         self.delivered = 0
         self._acked_at = 0.0
         self._first_sent_at = 0.0
-        self._rate = WindowedMax()
-        self._rtt_min = WindowedMin()
-        self._interactive_at = float("-inf")
-        self._clean_at = float("-inf")
+        self._rates: deque[float] = deque([0.0], AGREEING + 2)
+        """Highest rate between one clean PONG and the next; these reach further back than it takes to see a longer path."""
+        self._paths: deque[float] = deque(maxlen=REMEMBERED)
+        """Round trips of clean PINGs."""
+        self._interactive_at = -math.inf
+        self._clean_at = -math.inf
+        self._ping_clean = False
+        self._ping_paused = False
+        self._paused_at: float | None = None
+        self._received = 0
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
@@ -126,12 +107,12 @@ class Flight:
     @property
     def rate(self) -> float:
         """Bytes per second the path was seen to take, 0 before the first sample."""
-        return self._rate.value
+        return max(self._rates)
 
     @property
     def rtt_min(self) -> float:
-        """Smallest recent round trip in seconds, 0 before the first sample."""
-        return self._rtt_min.value
+        """Smallest recent round trip in seconds that was no queue of ours, 0 before the first sample."""
+        return min(self._paths, default=0.0)
 
     def on_sent(self, size: int) -> None:
         """One sequenced frame of ``size`` bytes went out."""
@@ -153,24 +134,44 @@ class Flight:
         """A small stream was served while bulky ones waited."""
         self._interactive_at = now
 
-    def probe_wanted(self, now: float) -> bool:
+    def pause_wanted(self, now: float) -> bool:
         """Whether bulk should pause until little is in flight, so that a PING can measure the path itself.
 
         Without it the round trip that is measured under load contains the queue, the cap grows with it, and the
         queue with the cap (BBR's ProbeRTT is there for the same reason).
         """
-        return self.in_flight > CLEAN_FLIGHT and now - self._clean_at > CLEAN_EVERY * self.rtt
-
-    def on_ping(self, now: float) -> None:
-        """A PING goes out."""
-        if self.in_flight <= CLEAN_FLIGHT:
+        if self.in_flight <= CLEAN_FLIGHT or now - self._clean_at <= CLEAN_EVERY * self.rtt_min:
+            return False
+        if self._paused_at is None:
+            self._paused_at = now
+        if now - self._paused_at > max(DRAIN_LIMIT, 4 * self.rtt):
+            # Not this time.
+            self._paused_at = None
             self._clean_at = now
+            return False
+        return True
 
-    def on_rtt(self, sample: float, now: float) -> None:
-        """A PONG came ``sample`` seconds after its PING."""
+    def on_ping(self, now: float, received: int) -> None:
+        """A PING goes out; ``received`` bytes came so far."""
+        self._ping_clean = self.in_flight <= CLEAN_FLIGHT
+        if self._ping_clean:
+            self._clean_at = now
+        self._ping_paused = self._paused_at is not None
+        self._paused_at = None
+        self._received = received
+
+    def on_rtt(self, sample: float, received: int) -> None:
+        """A PONG came ``sample`` seconds after its PING; ``received`` bytes in all."""
         sample = max(sample, 1e-6)
         self.rtt = sample if not self.rtt else self.rtt + (sample - self.rtt) / 8
-        self._rtt_min.add(sample, now, RTT_WINDOW)
+        if self._ping_clean and not (self._ping_paused and received - self._received > CLEAN_FLIGHT):
+            paths = self._paths
+            paths.append(sample)
+            latest = list(paths)[-AGREEING:]
+            if min(latest) > LONGER * min(paths) + SLACK_LOOSE:
+                paths.clear()
+                paths.extend(latest)
+            self._rates.append(0.0)
 
     def on_ack(self, seq: int, now: float) -> None:
         """The peer took in ``seq`` frames in all; ``acked <= seq <= sent`` was checked."""
@@ -194,15 +195,18 @@ class Flight:
             if elapsed > 0:
                 rate = (self.delivered - delivered) / elapsed
                 if not limited or rate > self.rate:
-                    self._rate.add(rate, now, max(RATE_WINDOW, 10 * self.rtt))
+                    self._rates[-1] = max(self._rates[-1], rate)
 
     def reconnected(self) -> None:
         """What is in flight goes again, on another path: estimates start anew."""
         self._batches.clear()
         self._batched = self.sent
-        self._rate = WindowedMax()
-        self._rtt_min = WindowedMin()
-        self._clean_at = float("-inf")
+        self._rates = deque([0.0], AGREEING + 2)
+        self._paths.clear()
+        self._clean_at = -math.inf
+        self._ping_clean = self._ping_paused = False
+        self._paused_at = None
+        self._received = 0
         self.rtt = 0.0
 
     def cap(self, now: float) -> int:

@@ -247,7 +247,7 @@ class Inbound:
         mux = self._mux
         mux.admission.take(frame.stream)
         mux.grant_opens()
-        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, Receiving.OPEN, Sending.UNDECIDED)
+        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, Receiving.OPEN, Sending.UNDECIDED, now)
         stream.id = frame.stream
         stream.send_window.limit = mux.peer.initial_window
         mux.streams[frame.stream] = stream

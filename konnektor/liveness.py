@@ -6,7 +6,9 @@ when reads had another chance *after* the deadline, because this process may hav
 read. And if the timer itself came late (a paused virtual machine), the silence was ours: it starts again.
 
 A peer that talks and yet acknowledges nothing for STUCK seconds is as good as dead: without it,
-what waits for the cap on bytes in flight would wait for ever.
+what waits for the cap on bytes in flight would wait for ever. So is one that takes nothing: when the transport has been
+full for STUCK seconds, during which nothing was acknowledged either, whatever the peer has said meanwhile. An
+ACK counts as progress, for a slow path may need longer than that to make room.
 
 The round trip is measured by PINGs alone, one every PING_INTERVAL while sequenced frames flow. Whoever asks for
 more has them at a pace that the peer's limit allows.
@@ -38,9 +40,11 @@ class Liveness:
         heard_at: when bytes came last.
         due: when ``check`` should be called.
         ping_due: a PING is wanted; it waits while another is out.
+        stuck: seconds without progress of what is sent, after which the peer is given up.
     """
 
     __slots__ = (
+        "_blocked_at",
         "_established",
         "_judging",
         "_limit",
@@ -53,6 +57,7 @@ class Liveness:
         "due",
         "heard_at",
         "ping_due",
+        "stuck",
     )
 
     def __init__(self, now: float, hello_timeout: float) -> None:
@@ -66,6 +71,8 @@ class Liveness:
         self._ping_sent_at: float | None = None
         self._pinged_at = -math.inf
         self._progress_at = math.inf
+        self._blocked_at = math.inf
+        self.stuck = STUCK
         self.ping_due = False
         self.due = now + hello_timeout
 
@@ -86,7 +93,7 @@ class Liveness:
     def suspended(self) -> None:
         """The connection is gone: nothing is expected."""
         self._ping_sent_at = None
-        self._progress_at = math.inf
+        self._progress_at = self._blocked_at = math.inf
         self.ping_due = False
         self.due = math.inf
 
@@ -124,6 +131,7 @@ class Liveness:
     def acked(self, now: float, *, all_of_it: bool) -> None:
         """An ACK came that advances."""
         self._progress_at = math.inf if all_of_it else now
+        self._blocked_at = max(self._blocked_at, now)
 
     # What goes out
 
@@ -131,6 +139,16 @@ class Liveness:
         """Sequenced frames went out."""
         if self._progress_at == math.inf:
             self._progress_at = now
+
+    def write_blocked(self, now: float) -> None:
+        """The transport takes no more."""
+        self._blocked_at = now
+        if self._established:
+            self.due = min(self.due, now + self.stuck)
+
+    def write_resumed(self) -> None:
+        """It does again."""
+        self._blocked_at = math.inf
 
     def measure_due(self, now: float) -> bool:
         """Whether, data flowing, the round trip should be measured again."""
@@ -171,9 +189,12 @@ class Liveness:
             self.heard_at = now - silence
             self._judging = False
             self._progress_at = max(self._progress_at, now)
+            self._blocked_at = max(self._blocked_at, now)
         # Sums are compared, not differences: due must lie ahead whatever the rounding.
-        if now >= self._progress_at + STUCK and self.heard_at > self._progress_at:
+        if now >= self._progress_at + self.stuck and self.heard_at > self._progress_at:
             return f"the peer has acknowledged nothing for {now - self._progress_at:.0f} s"
+        if now >= self._blocked_at + self.stuck:
+            return f"the peer has taken nothing for {now - self._blocked_at:.0f} s"
         ping_at = self.heard_at + silence
         dead_at = ping_at + patience
         if now < ping_at:
@@ -187,6 +208,7 @@ class Liveness:
             self.due = now + JUDGING
         else:
             return f"the peer has been silent for {now - self.heard_at:.0f} s"
-        if self._progress_at + STUCK > now:
-            self.due = min(self.due, self._progress_at + STUCK)
+        if self._progress_at + self.stuck > now:
+            self.due = min(self.due, self._progress_at + self.stuck)
+        self.due = min(self.due, self._blocked_at + self.stuck)
         return None

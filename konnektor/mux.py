@@ -191,10 +191,10 @@ class Mux:
         """When the last bytes came."""
         return self.liveness.heard_at
 
-    @property
-    def max_window(self) -> int:
-        """Largest receive window of one stream."""
-        return self.limits.max_window
+    def idle_credit(self, now: float) -> int:
+        """Bytes of the pool that idle streams hold beyond their reservations: granted, and not to be taken back."""
+        windows = (stream.receive_window for stream in self.streams.values())
+        return sum(window.held for window in windows if window.idle(now))
 
     def next_deadline(self) -> float | None:
         """When ``handle_timeout`` should be called, None if never."""
@@ -248,7 +248,7 @@ class Mux:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"
             )
-        stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT)
+        stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
         stream.released = True
@@ -286,6 +286,15 @@ class Mux:
         """The transport is gone without CLOSE."""
         self._close_frame = None
         self.end(SessionError(reason, Code.INTERNAL), None)
+
+    def write_blocked(self, now: float) -> None:
+        """The transport takes no more until ``write_resumed``; if that takes too long, the session ends with TIMEOUT."""
+        self.liveness.write_blocked(now)
+        self.arm(self.liveness.due)
+
+    def write_resumed(self) -> None:
+        """The transport takes more."""
+        self.liveness.write_resumed()
 
     # Receiving and sending
 
@@ -438,7 +447,7 @@ class Mux:
             ProtocolError: it answers no PING.
         """
         rtt = self.liveness.pong(opaque, now)
-        self.flight.on_rtt(rtt, now)
+        self.flight.on_rtt(rtt, self.bytes_received)
         if self.liveness.ping_due:
             self.wake()
         self.handler.pong_received(opaque, rtt)
@@ -494,7 +503,6 @@ class Mux:
         self.bytes_received = self.bytes_sent = 0
         self._awake = False
         self.wake()
-        self._armed = math.inf
         if (when := self.next_deadline()) is not None:
             self.arm(when)
 

@@ -117,6 +117,7 @@ class MuxStream:
         tlvs: Mapping[int, bytes],
         receiving: Receiving,
         sending: Sending,
+        now: float,
     ) -> None:
         self._mux = mux
         self.sink = sink
@@ -125,7 +126,7 @@ class MuxStream:
         self.tlvs = tlvs
         self.receiving = receiving
         self.sending = sending
-        self.receive_window = ReceiveWindow(mux.pool, mux.max_window)
+        self.receive_window = ReceiveWindow(mux.pool, mux.limits.max_window, now)
         self.send_window = SendWindow(0)
         self._queue: deque[Buffer] | None = None
         self.queued = 0

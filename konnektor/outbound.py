@@ -57,13 +57,11 @@ class Outbound:
         due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hello_sent", "_hints", "_hold", "_mux", "_waiting", "due", "streams_due")
+    __slots__ = ("_hello_sent", "_hints", "_mux", "_waiting", "due", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._hello_sent = False
-        self._hold = False
-        """Bulk pauses, so that a PING can measure the path."""
         self.streams_due = False
         self.due = math.inf
         self._hints = Allowance(*OWN_HINTS)
@@ -96,6 +94,7 @@ class Outbound:
             mux.resumption.greeting = b""
         # What is not sequenced stands first in its batch: the rest of it is what is kept to be sent again.
         size += self._unsequenced(parts, now)
+        sequenced_from = len(parts)
         flight = mux.flight
         if mux.resumption.replaying:
             parts.append(mux.resumption.replaying.popleft())
@@ -113,8 +112,9 @@ class Outbound:
         while opens and size < budget and mux.admission.may_open and mux.pool.reserve():
             size += self._open(opens.popitem(last=False)[0], parts, now)
         more = size >= budget
+        pause = self._measure(parts, sequenced_from, now) if mux.scheduler or flight.sent != sent_before else False
         if size < max_bytes and mux.scheduler:
-            size = self._data(parts, size, max_bytes, now)
+            size = self._data(parts, size, max_bytes, now, fresh_only=pause)
             more = more or size >= max_bytes
         if flight.sent != sent_before:
             flight.on_batch(now, limited=not mux.scheduler)
@@ -140,8 +140,22 @@ class Outbound:
 
     def _ping(self, now: float) -> bytes:
         mux = self._mux
-        mux.flight.on_ping(now)
+        mux.flight.on_ping(now, mux.bytes_received)
         return Ping(mux.liveness.ping(now, mux.bytes_sent)).encode()
+
+    def _measure(self, parts: list[Buffer], place: int, now: float) -> bool:
+        """Puts a PING at ``place`` if the round trip should be measured again; True if bulk must pause for it.
+
+        Due while sequenced frames flow, also where they are nothing but CREDIT: windows are fitted by it.
+        """
+        mux = self._mux
+        if not mux.liveness.measure_due(now):
+            return False
+        if mux.flight.pause_wanted(now):
+            # A PING behind a queue of our own measures the queue: let it drain first.
+            return True
+        parts.insert(place, self._ping(now))
+        return False
 
     def _unsequenced(self, parts: list[Buffer], now: float) -> int:
         """PONG, ACK and PING, each at most once, as they are now."""
@@ -152,11 +166,6 @@ class Outbound:
             inbound.pong = None
         if inbound.acks.due:
             parts.append(Ack(inbound.acks.rendered()).encode())
-        self._hold = False
-        if mux.scheduler and mux.liveness.measure_due(now):
-            # A PING behind a queue of our own measures the queue: let it drain first.
-            self._hold = mux.flight.probe_wanted(now)
-            mux.liveness.ping_due = mux.liveness.ping_due or not self._hold
         if mux.liveness.ping_ready:
             when = mux.liveness.ping_at(mux.bytes_sent)
             if now >= when:
@@ -197,7 +206,7 @@ class Outbound:
         if stream.credit_due:
             stream.credit_due = False
             if stream.receiving is Receiving.OPEN:
-                offset = stream.receive_window.grant()
+                offset = stream.receive_window.grant(now, self._mux.flight.rtt_min)
                 if offset is not None:
                     frames.append(Credit(stream.id, offset).encode())
         if stream.stop_due:
@@ -249,7 +258,7 @@ class Outbound:
             mux.drain(MAX_GRACE, now, reason="out of stream ids")
         return len(frame)
 
-    def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float) -> int:
+    def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float, *, fresh_only: bool) -> int:
         mux = self._mux
         scheduler, flight = mux.scheduler, mux.flight
         cap = flight.cap(now)
@@ -260,7 +269,7 @@ class Outbound:
             cap = min(cap, mux.limits.replay_buffer)
         while size < max_bytes:
             over = flight.in_flight - cap
-            stream = scheduler.next(fresh_only=self._hold or over >= 0) if over < cap else None
+            stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)

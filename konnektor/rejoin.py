@@ -106,6 +106,12 @@ class Rejoin:
             return len(view)
         return pos
 
+    def write_blocked(self, now: float) -> None:
+        """No matter: the attempt as a whole has a deadline."""
+
+    def write_resumed(self) -> None:
+        """No matter, too."""
+
     def close(self, code: int, reason: str = "") -> None:
         """Gives the attempt up."""
         self._fail(session_error(code, reason), Close(code, reason).encode())

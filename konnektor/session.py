@@ -110,6 +110,7 @@ class SessionStats:
         rtt: smoothed round trip; 0 before it was measured.
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
+        granted_idle: the part of it that streams hold which have had no use for it in the last 30 s.
         pool_free: of the receive pool, neither reserved nor granted.
         resumed: how often it went on over another connection.
     """
@@ -120,6 +121,7 @@ class SessionStats:
     rtt: float
     in_flight: int
     granted: int
+    granted_idle: int
     pool_free: int
     resumed: int
 
@@ -448,6 +450,7 @@ class Session:
             rtt=mux.flight.rtt,
             in_flight=mux.flight.in_flight,
             granted=mux.pool.extra,
+            granted_idle=mux.idle_credit(clock()),
             pool_free=mux.pool.free,
             resumed=self._resumed,
         )

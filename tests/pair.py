@@ -8,9 +8,12 @@ shows as a test that hangs still, instead of being covered up by polling.
 import itertools
 import math
 
-from konnektor.errors import CalmError
+from konnektor.errors import CalmError, SessionError
+from konnektor.frames import Feature
 from konnektor.limits import KIB, Limits
 from konnektor.mux import Mux
+from konnektor.rejoin import Rejoin
+from konnektor.replay import Ticket
 from konnektor.settings import Settings
 from konnektor.states import Receiving, Sending
 
@@ -74,7 +77,7 @@ class Recorder:
 class Side:
     """One mux, its handler and its driver."""
 
-    def __init__(self, pair, role, limits, **declared):
+    def __init__(self, pair, role, limits, *, ticket=None, **declared):
         self.pair = pair
         self.limits = limits
         self.events = []
@@ -89,15 +92,18 @@ class Side:
         self.wire = bytearray()  # rendered, not yet delivered to the peer
         self.blocked = False  # the transport takes nothing
         self.rest = b""
+        self.dead = False  # the connection is, which this side may not have noticed
         self.deceived = False  # has been sent what the peer's mux never would
         nonce = (b"C" if role == "client" else b"S") * 32
-        self.mux = Mux(role, self, limits, Settings.of(limits, **declared), nonce=nonce, now=pair.now)
+        settings = Settings.of(limits, **declared)
+        self.mux = Mux(role, self, limits, settings, nonce=nonce, now=pair.now, ticket=ticket)
+        self.machine = self.mux  # what the connection's bytes go to; another one while a session is being resumed
         self.mux.start()
 
     # mux.Handler
 
     def output_pending(self):
-        assert self.mux.awake
+        assert self.machine.awake or self.mux.awake
         self.pending = True
 
     def deadline_moved(self, when):
@@ -125,6 +131,30 @@ class Side:
     def session_closed(self, error):
         self._event("closed", type(error).__name__)
 
+    def connection_dead(self, reason):
+        self._event("dead", reason)
+        self.lose()
+
+    # another connection
+
+    def lose(self):
+        """The connection is gone, as this side sees it; what it had written may still arrive."""
+        self.rest = b""
+        self.pending = False
+        self.machine = self.mux
+        if self.mux.resumption.possible and not self.mux.resumption.suspended:
+            self.mux.resumption.suspend("cut", self.pair.now)
+
+    def rejoined(self):
+        """RejoinHandler: the client's session goes on."""
+        self._event("resumed")
+        self.machine = self.mux
+        self.pending = True
+
+    def rejoin_failed(self, error):
+        """RejoinHandler: it does not."""
+        self.rejoin_error = error
+
     def _event(self, *event):
         assert "closed" not in self.kinds, f"{event} after closed"
         self.events.append(event)
@@ -134,6 +164,11 @@ class Side:
     @property
     def kinds(self):
         return [event[0] for event in self.events]
+
+    @property
+    def gone(self):
+        """Whether the connection is, and the session waits for another."""
+        return self.mux.resumption.suspended
 
     @property
     def peer(self):
@@ -156,21 +191,36 @@ class Side:
     def flush(self, max_bytes=64 * KIB):
         """Writes while the mux is awake and was heard to be."""
         while self.pending and not self.blocked:
-            data = self.mux.data_to_send(self.pair.now, max_bytes)
+            self.render(max_bytes)
+
+    def render(self, max_bytes):
+        """Writes one batch."""
+        machine = self.machine
+        args = () if isinstance(machine, Rejoin) else (max_bytes,)
+        data = machine.data_to_send(self.pair.now, *args)
+        if not self.dead:
             self.wire += data
-            if not self.mux.awake:
-                self.pending = False
-            else:
-                assert data, "awake, and nothing to send: a driver would stop here for ever"
-            self.check()
+        if not machine.awake:
+            self.pending = False
+        else:
+            assert data, "awake, and nothing to send: a driver would stop here for ever"
+        self.check()
 
     def deliver(self, count=None):
         """Brings ``count`` bytes of what was written to the peer."""
         count = len(self.wire) if count is None else count
+        data, self.wire[:count] = bytes(self.wire[:count]), b""
+        self.carry(data)
+
+    def carry(self, data):
+        """Brings these bytes to the peer."""
         peer = self.peer
-        data, self.wire[:count] = peer.rest + bytes(self.wire[:count]), b""
+        data = peer.rest + data
         if data:
-            used = peer.mux.receive(data, self.pair.now)
+            machine = peer.machine
+            used = machine.receive(data, self.pair.now)
+            if peer.machine is not machine:
+                used += peer.machine.receive(data[used:], self.pair.now)
             peer.rest = data[used:]
             assert len(peer.rest) <= 8 + self.limits.max_frame
             peer.check()
@@ -199,7 +249,7 @@ class Side:
     def check(self):
         mux = self.mux
         mux.assert_invariants()
-        assert not mux.awake or self.pending or mux.error is not None
+        assert not mux.awake or self.pending or mux.error is not None or self.machine is not mux or self.gone
         extra = 0
         for stream in self.all:
             stream.assert_invariants()
@@ -221,13 +271,52 @@ class Side:
                 assert not mux.opens
 
 
-class Pair:
-    """A client and a server; ``now`` is their clock."""
+class Newcomer:
+    """The server's side of a new connection, as the session does it: a fresh mux, until its RESUME is judged."""
 
-    def __init__(self, limits=SMALL, server_limits=None, *, hello=True):
+    def __init__(self, server, target=None):
+        self.server = server
+        self.target = target or server
+        self.limits = server.limits
+        self.error = None
+        settings = server.mux.settings
+        ticket = Ticket(b"n" * 16, b"N" * 32)
+        self.mux = Mux("server", self, self.limits, settings, nonce=b"n" * 32, now=server.pair.now, ticket=ticket)
+
+    def output_pending(self):
+        self.server.pending = True
+
+    def deadline_moved(self, when):
+        pass
+
+    def hello_received(self, settings):
+        raise AssertionError("a session of its own")
+
+    def resume_requested(self, frame, nonces):
+        server, mux = self.server, self.server.mux
+        if not mux.resumption.may_grant(frame, nonces):
+            self.mux.close(11, "no such session")
+            return
+        if not mux.resumption.suspended:
+            server.lose()
+        server.machine = mux
+        mux.resumption.grant(frame, nonces, server.pair.now)
+        server.pending = True
+        self.mux.end(SessionError("resumed another"), None)
+
+    def session_closed(self, error):
+        self.error = error
+
+
+class Pair:
+    """A client and a server; ``now`` is their clock. ``resumable`` ones can have their connection cut."""
+
+    def __init__(self, limits=SMALL, server_limits=None, *, hello=True, resumable=False):
         self.now = 1000.0
-        self.client = Side(self, "client", limits)
-        self.server = Side(self, "server", server_limits or limits)
+        features = Feature.RESUME if resumable else 0
+        ticket = Ticket(b"session id of 16", b"K" * 32) if resumable else None
+        self.client = Side(self, "client", limits, features=features)
+        self.server = Side(self, "server", server_limits or limits, features=features, ticket=ticket)
         if hello:
             self.pump()
             self.client.events.clear()
@@ -250,6 +339,41 @@ class Pair:
             if not moved:
                 return
         raise AssertionError("bytes move for ever")
+
+    def cut(self, client=None, server=None, *, notice=("client", "server")):
+        """The connection breaks: of what each side had written only so many bytes still arrive, or none."""
+        for side, count in ((self.client, client), (self.server, server)):
+            if count:
+                side.deliver(min(count, len(side.wire)))
+        for side in self.sides:
+            side.wire.clear()
+            side.dead = True
+        for name in notice:
+            getattr(self, name).lose()
+
+    def reconnect(self):
+        """A new connection, on which the client is about to ask for the session."""
+        client, server = self.client, self.server
+        if not client.gone:
+            client.lose()
+        for side in self.sides:
+            side.wire.clear()
+            side.rest = b""
+            side.dead = False
+        client.machine = Rejoin(client.mux, client, b"c" * 32)
+        client.pending = True
+        newcomer = Newcomer(server)
+        server.pending = False
+        server.machine = newcomer.mux
+        newcomer.mux.start()
+        return newcomer
+
+    def resume(self):
+        """All of it, until the session goes on and nothing moves."""
+        self.reconnect()
+        self.pump()
+        assert not self.client.gone
+        assert not self.server.gone
 
     def sleep(self, seconds, *, pump=True):
         """Lets time pass, timer by timer."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import konnektor
-from konnektor import errors, frames, limits, policy
+from konnektor import credit, errors, flight, frames, limits, liveness, policy
 from konnektor.cli.main import EXIT_STATUS, cli
 from konnektor.settings import FLOORS
 
@@ -76,7 +76,15 @@ def test_numbers_of_this_implementation():
         f"after {size(default.ack_bytes)} (headers included) or {default.ack_delay * 1000:g} ms",
         f"cap = max({size(default.flight_floor)}, 2 * rate",
         f"B is {size(default.receive_pool)}",
-        f"W becomes min(4 W, {size(default.max_window)}, W0",
+        f"W becomes min(4 W, {size(default.max_window)}, W + 4 excess)",
+        f"{credit.TURN * 1000:g} ms are the ends' own turns",
+        f"After {credit.IDLE:g} s without a judgement",
+        f"or {size(credit.STEP)}.",
+        f"in flight when it was sent. Bulk pauses for one every {flight.CLEAN_EVERY} round trips",
+        f"if at most {size(flight.CLEAN_FLIGHT)} were in flight",
+        f"for at most four of them or {flight.DRAIN_LIMIT:g} s",
+        f"full for {liveness.STUCK:g} s in which no ACK came",
+        f"every {liveness.PING_INTERVAL:g} s while sequenced frames flow",
         f"within {default.hello_timeout:g} s",
         f"{default.open_deadline:g} s if absent, at most {limits.MAX_DEADLINE:g} s",
     ):

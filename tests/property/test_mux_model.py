@@ -57,7 +57,7 @@ class MuxModel(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.pair = Pair(LIMITS)
+        self.pair = Pair(LIMITS, resumable=True)
         self.pair.over = False
         self.halves = {}
         self.byte = 0
@@ -197,6 +197,33 @@ class MuxModel(RuleBasedStateMachine):
     def pump(self, sizes):
         self.pair.pump([*sizes, 20_000])
 
+    @rule(client=st.integers(0, 100_000), server=st.integers(0, 100_000), first=st.integers(0, 1), both=st.booleans())
+    def cut(self, client, server, first, both):
+        """The connection breaks; the server may not notice."""
+        notice = ["client", "server"] if both else ["client"]
+        if not self.pair.over:
+            self.pair.cut(client, server, notice=notice[:: -1 if first else 1])
+
+    @precondition(lambda self: self.pair.client.gone)
+    @rule(client=st.integers(0, 100_000), server=st.integers(0, 100_000), times=st.integers(0, 3))
+    def reconnect(self, client, server, times):
+        """On another connection the two go on, or begin to, and that one is cut, too."""
+        pair = self.pair
+        for _ in range(times):
+            pair.reconnect()
+            for side, count in (
+                (pair.client, client),
+                (pair.server, server),
+                (pair.client, 200),
+                (pair.server, server),
+            ):
+                side.flush()
+                side.deliver(min(count, len(side.wire)))
+            pair.cut(client % 97, server % 89)
+        self.unblock()
+        pair.resume()
+
+    @precondition(lambda self: not self.pair.client.gone)
     @rule(seconds=st.sampled_from([0.001, 0.03, 0.5, 6.0]))
     def sleep(self, seconds):
         for stream in list(self.halves):
@@ -217,9 +244,9 @@ class MuxModel(RuleBasedStateMachine):
     def unblock(self):
         for side in self.pair.sides:
             side.blocked = False
-            side.pending = side.pending or side.mux.awake
+            side.pending = side.pending or (side.mux.awake and not side.gone)
 
-    @precondition(lambda self: len(self.halves) > 4)
+    @precondition(lambda self: len(self.halves) > 4 and not self.pair.client.gone)
     @rule(who=st.integers(0, 1), grace=st.sampled_from([0.0, 1.0, 100.0]))
     def drain(self, who, grace):
         side = self.pair.sides[who]
@@ -240,6 +267,8 @@ class MuxModel(RuleBasedStateMachine):
     def teardown(self):
         pair = self.pair
         self.unblock()
+        if pair.client.gone and not pair.over:
+            pair.resume()
         # Everybody reads, and whoever was asked answers.
         for _ in range(30):
             pair.pump([30_000])

@@ -7,9 +7,19 @@ import pytest
 
 import konnektor as kk
 from konnektor import errors
+from konnektor.limits import MIB
 from konnektor.session import Handlers, Session
 from tests.session.check_stream import exactly
-from tests.session.pairs import Echo, Exchange, Hold, echo, memory_session_pair, tcp_socketpair, until
+from tests.session.pairs import (
+    Echo,
+    Exchange,
+    Hold,
+    echo,
+    memory_session_pair,
+    socket_session_pair,
+    tcp_socketpair,
+    until,
+)
 
 # Asking and ending
 
@@ -292,3 +302,31 @@ async def test_a_defect_in_closing_drops_the_connection(monkeypatch, caplog):
         await server.wait_closed()
         assert client.closed
     assert "internal error while closing" in caplog.text
+
+
+# Peers that take nothing
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("talking", [False, True])
+async def test_a_peer_that_stops_reading_is_given_up(encrypted, talking, authority):
+    """Also one that goes on sending, which no silence gives away."""
+    tls = (authority.client, authority.server) if encrypted else ()
+    limits = kk.Limits(initial_window=8 * MIB, initial_streams=8, receive_pool=256 * MIB, flight_floor=8 * MIB)
+    async with socket_session_pair(*tls, limits=limits) as (client, server):
+        stream, _held = await Exchange(client, server).pair()
+        client._mux.liveness.stuck = 0.2
+        server._driver.transport.pause_reading()
+        sending = asyncio.create_task(stream.send(bytes(8 * MIB)))
+        while not client.closed:
+            if talking:
+                server._mux.liveness.ping_due = True
+                server._mux.liveness._ping_sent_at = None
+                server._mux.wake()
+            await anyio.sleep(0.01)
+        assert isinstance(client.error, errors.PeerTimeoutError)
+        assert "the peer has" in str(client.error) and "nothing for" in str(client.error)
+        with pytest.raises(kk.SessionLost):
+            await sending
+        server.abort()
+        await client.wait_closed()

@@ -12,6 +12,7 @@ from tests.unit import test_core_parts as parts
 from tests.unit import test_credit as credit
 from tests.unit import test_mux_drain as drain
 from tests.unit import test_mux_flow as flow
+from tests.unit import test_mux_paths as paths
 from tests.unit import test_mux_session as session
 from tests.unit import test_mux_streams as streams
 from tests.unit import test_vectors as vectors
@@ -78,7 +79,15 @@ CASES = {
         credit.test_the_pool_is_never_overdrawn_and_its_books_are_right,
         any_bytes.test_no_stall,
     ],
-    "31 PING bounded under saturation": [parts.test_only_the_ping_that_is_out_is_answered],
+    "30 tuning reaches the bandwidth-delay product, then stops": [
+        lambda: paths.test_tuning_reaches_the_bandwidth_delay_product_then_stops(0.050, 20e6),
+        paths.test_a_slow_reader_has_a_window_of_its_own_pace,
+    ],
+    "31 PING bounded under saturation": [
+        parts.test_only_the_ping_that_is_out_is_answered,
+        lambda: paths.test_ping_is_bounded_under_saturation(both_ways=False),
+        lambda: paths.test_ping_is_bounded_under_saturation(both_ways=True),
+    ],
     "32 PING, CREDIT, PRIORITY, empty and one-byte floods": [
         *(partial(abuse.test_one_beyond_the_limit_is_calm, name) for name in abuse.LIMITS),
         "20 PINGs",
@@ -95,7 +104,10 @@ CASES = {
         *(partial(abuse.test_rapid_resets_keep_handlers_bounded, ends) for ends in abuse.RAPID.values()),
         *(partial(abuse.test_provoked_resets_keep_handlers_bounded, name) for name in abuse.PROVOKED),
     ],
-    "34 a peer that never reads leaves memory flat": [flow.test_a_peer_that_never_reads_leaves_memory_flat],
+    "34 a peer that never reads leaves memory flat": [
+        flow.test_a_peer_that_never_reads_leaves_memory_flat,
+        lambda: paths.test_a_peer_that_takes_nothing_is_given_up(busy=True),
+    ],
     "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [drain.test_two_phases],
     "41 honest extremes trip no limit": [
         abuse.test_six_thousand_opens_a_second,
@@ -111,6 +123,9 @@ CASES = {
         lambda: streams.test_cancel_crosses_the_answer("accept and finish", finished=True),
     ],
     "43 a VM paused for a minute keeps its sessions": [session.test_paused_machine_kills_no_session],
+    "44 the in-flight cap does not collapse when the round trip rises": [
+        paths.test_the_cap_does_not_collapse_when_the_round_trip_rises_from_10_to_80_ms,
+    ],
 }
 
 

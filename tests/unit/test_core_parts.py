@@ -11,7 +11,7 @@ from konnektor.admission import LAST_ID, Admission
 from konnektor.deadlines import TICK, Deadlines
 from konnektor.drain import ALL_IDS, Drain, Step
 from konnektor.errors import ProtocolError
-from konnektor.flight import Flight, WindowedMax, WindowedMin
+from konnektor.flight import Flight
 from konnektor.frames import MAX_OPENS
 from konnektor.liveness import Liveness
 
@@ -195,11 +195,46 @@ def test_no_progress_of_a_peer_that_is_silent_is_silence():
     assert life.due == 55.0
 
 
-@given(st.floats(0, 1e7), st.floats(0, 100), st.floats(0, 3))
-def test_due_always_lies_ahead(start, step, rtt):
+def test_a_peer_that_takes_nothing():
+    life = Liveness(0.0, 10.0)
+    life.write_blocked(0.0)  # judged by its HELLO alone at first
+    assert life.due == 10.0
+    life.write_resumed()
+    life.established(60)
+    life.write_blocked(1.0)
+    assert life.due == 15.0
+    life.heard(15.0)
+    assert life.check(15.0, 0.0) is None
+    life.heard(29.0)
+    assert life.check(30.0, 0.0) is None
+    assert life.due == 31.0
+    assert life.check(31.0, 0.0) == "the peer has taken nothing for 30 s"
+    life.acked(30.0, all_of_it=True)
+    life.heard(31.0)
+    assert life.check(31.0, 0.0) is None
+    life.write_resumed()
+    life.heard(61.0)
+    assert life.check(61.0, 0.0) is None
+
+
+def test_a_paused_machine_blocks_no_writing():
+    life = Liveness(0.0, 10.0)
+    life.established(60)
+    life.write_blocked(0.0)
+    assert life.check(90.0, 0.0) is None
+    assert life.due == 100.0
+    life.heard(90.0)
+    life.stuck = 5.0
+    assert "taken nothing for 5 s" in life.check(95.0, 0.0)
+
+
+@given(st.floats(0, 1e7), st.floats(0, 100), st.floats(0, 3), st.booleans())
+def test_due_always_lies_ahead(start, step, rtt, blocked):
     life = Liveness(start, 10.0)
     life.established(60)
     life.sent(start)
+    if blocked:
+        life.write_blocked(start)
     now = start
     for _ in range(8):
         now = max(life.due, now + step)
@@ -293,20 +328,6 @@ def test_deadlines_are_never_early_and_at_most_a_tick_late(times):
 # Flight
 
 
-def test_windowed_maximum_forgets():
-    most, least = WindowedMax(), WindowedMin()
-    assert most.value == least.value == 0
-    for when, value in enumerate((5.0, 9.0, 3.0)):
-        most.add(value, float(when), 10.0)
-        least.add(value, float(when), 10.0)
-    assert (most.value, least.value) == (9.0, 3.0)
-    most.add(1.0, 9.0, 10.0)
-    assert most.value == 9.0
-    most.add(1.0, 15.0, 10.0)
-    most.add(1.0, 40.0, 10.0)
-    assert most.value == 1.0
-
-
 def test_flight_counts_and_estimates():
     flight = Flight(1000)
     assert (flight.rate, flight.rtt_min, flight.cap(0.0), flight.frame_limit()) == (0, 0, 1000, 65_535)
@@ -315,8 +336,11 @@ def test_flight_counts_and_estimates():
     for _ in range(10):
         flight.on_sent(1000)
     flight.on_batch(0.0, limited=False)
-    flight.on_rtt(0.1, 0.0)
-    flight.on_rtt(0.3, 0.0)
+    for sample in (0.1, 0.3):
+        flight.in_flight = 0  # as when nothing is on its way
+        flight.on_ping(0.0, 0)
+        flight.on_rtt(sample, 0)
+        flight.in_flight = 10_000
     assert flight.rtt == pytest.approx(0.125)
     assert flight.rtt_min == pytest.approx(0.1)
     flight.on_ack(4, 0.1)
@@ -349,16 +373,73 @@ def test_acks_that_come_together_prove_no_speed():
     assert flight.rate == pytest.approx(2000)
 
 
+def pinged(flight, sample, now=0.0, received=0):
+    flight.on_ping(now, 0)
+    flight.on_rtt(sample, received)
+
+
 def test_the_queue_is_drained_now_and_then_so_that_a_ping_measures_the_path():
     flight = Flight(1000)
-    flight.on_rtt(0.1, 0.0)
-    assert not flight.probe_wanted(0.0)
+    pinged(flight, 0.1)
     flight.on_sent(100_000)
-    assert flight.probe_wanted(0.0)
-    flight.on_ping(0.0)
-    assert flight.probe_wanted(0.0)  # that PING stood behind too much
-    flight.on_ack(1, 0.0)
-    flight.on_ping(0.0)
+    assert not flight.pause_wanted(3.9)
+    assert flight.pause_wanted(4.1)
+    pinged(flight, 0.01, 4.1)
+    assert flight.rtt_min == 0.1  # that PING stood behind too much
+    assert flight.pause_wanted(4.1)
+    flight.on_ack(1, 4.2)
+    assert not flight.pause_wanted(4.2)
+    pinged(flight, 0.05, 4.2)
+    assert flight.rtt_min == 0.05
     flight.on_sent(100_000)
-    assert not flight.probe_wanted(3.9)
-    assert flight.probe_wanted(4.1)
+    assert not flight.pause_wanted(6.1)
+    assert flight.pause_wanted(6.3)
+
+
+def test_bulk_does_not_pause_for_long():
+    """Streams that were idle pass the pause, and many of them could keep it up."""
+    flight = Flight(1000)
+    pinged(flight, 0.01)
+    flight.on_sent(100_000)
+    assert flight.pause_wanted(1.0)
+    assert flight.pause_wanted(1.05)
+    assert not flight.pause_wanted(1.2)
+    assert not flight.pause_wanted(1.5)
+    assert flight.pause_wanted(1.7)
+
+
+def test_a_ping_answered_from_behind_the_peers_bulk_measures_that():
+    flight = Flight(1000)
+    pinged(flight, 0.01)
+    pinged(flight, 0.02, received=100_000)  # this side sends nothing much: it may well be the path
+    flight.on_sent(100_000)
+    assert flight.pause_wanted(5.0)
+    flight.on_ack(1, 5.0)
+    for _ in range(3):
+        flight.on_sent(100_000)
+        flight.pause_wanted(5.0 + 100 * flight.sent)
+        flight.on_ack(flight.sent, 5.0)
+        pinged(flight, 0.5, received=100_000)
+    assert flight.rtt_min == 0.01
+
+
+def test_rates_are_forgotten_at_clean_pings_only_and_later_than_round_trips():
+    flight = Flight(1000)
+
+    def deliver(rate, now):
+        flight.on_sent(10_000)
+        flight.on_batch(now, limited=False)
+        flight.on_ack(flight.sent, now + 10_000 / rate)
+
+    pinged(flight, 0.01)
+    deliver(1e6, 0.0)
+    for hour in range(5):
+        deliver(1e3, 3600.0 * (hour + 1))
+    assert flight.rate == pytest.approx(1e6)
+    for _ in range(3):
+        pinged(flight, 0.08)
+    assert (flight.rtt_min, flight.rate) == (0.08, pytest.approx(1e6))
+    for hour in range(2):
+        deliver(1e3, 3600.0 * (hour + 10))
+        pinged(flight, 0.08)
+    assert flight.rate == pytest.approx(1e3)

@@ -47,7 +47,8 @@ def test_an_open_above_the_last_id_is_settled_by_its_refusal():
     pair.client.mux.drain(60, pair.now)
     pair.client.flush()
     pair.sleep(5.1, pump=False)
-    assert [(f.last_id, f.code) for f in frames_of(pair.client)] == [(2**32 - 1, Code.SHUTDOWN), (0, Code.SHUTDOWN)]
+    said = [(f.last_id, f.code) for f in frames_of(pair.client) if isinstance(f, Goaway)]
+    assert said == [(2**32 - 1, Code.SHUTDOWN), (0, Code.SHUTDOWN)]
     pair.client.deliver()
     assert pair.server.mux.draining and not crossing.sink.events
     pair.pump()

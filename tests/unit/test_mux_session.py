@@ -141,7 +141,7 @@ def test_own_opens_go_on_when_a_wide_window_is_read():
     limits = Limits(initial_window=16 * KIB, initial_streams=8, receive_pool=256 * KIB)
     pair = Pair(limits, Limits(initial_streams=64, initial_window=16 * KIB, receive_pool=8 * MIB))
     ours, theirs = pair.open(auto=False)
-    theirs.write(b"x" * 400_000)
+    theirs.write(b"x" * 800_000)
     theirs.finish()
     for _ in range(9):
         pair.pump()

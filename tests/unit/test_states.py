@@ -11,7 +11,7 @@ CALLS = {event for event in Event if event.name.startswith("DO_")}
 
 
 def stream_in(receiving, sending):
-    return MuxStream(Pair().client.mux, Recorder(), "x", 1, {}, receiving, sending)
+    return MuxStream(Pair().client.mux, Recorder(), "x", 1, {}, receiving, sending, 0.0)
 
 
 @pytest.mark.parametrize("event", Event)

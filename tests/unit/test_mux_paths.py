@@ -1,0 +1,208 @@
+"""Windows and the cap on bytes in flight fitted to a path: over a link with a rate and a delay, in virtual time."""
+
+import pytest
+
+from konnektor.credit import TURN
+from konnektor.errors import PeerTimeoutError
+from konnektor.frames import Data, Ping
+from konnektor.limits import KIB, MIB, Limits
+from tests.link import Link
+from tests.pair import Pair
+
+PATHS = [(0.001, 50e6), (0.010, 20e6), (0.050, 20e6), (0.200, 4e6)]
+"""Round trip in seconds, bytes a second."""
+
+
+def linked(rtt, rate, **kwargs):
+    pair = Pair(Limits(), hello=False)
+    link = Link(pair, delay=rtt / 2, rate=rate, **kwargs)
+    link.run(3 * rtt)
+    return pair, link
+
+
+@pytest.mark.parametrize(("rtt", "rate"), PATHS)
+def test_tuning_reaches_the_bandwidth_delay_product_then_stops(rtt, rate):
+    pair, link = linked(rtt, rate)
+    ours, theirs = link.open()
+    ours.write()
+    link.run(16 * rtt)
+    window = theirs.stream.receive_window
+    assert link.goodput(theirs, 1.0) > 0.95 * rate
+    size = window.size
+    # The receiver's PINGs are answered from behind the sender's queue, which is another round trip at most.
+    assert rate * rtt < size < 2 * rate * (2 * (rtt + TURN) + TURN) + 64 * KIB
+    link.run(8)
+    size = window.size
+    assert link.goodput(theirs, 4.0) > 0.95 * rate
+    assert rate * rtt < window.size == size < 2 * rate * (2 * (rtt + TURN) + TURN) + 64 * KIB
+    assert pair.server.mux.pool.extra <= window.size
+
+
+def test_both_directions_and_streams_of_either_side_are_tuned():
+    pair, link = linked(0.050, 10e6)
+    ours, theirs = link.open(pair.server)
+    theirs.write()
+    ours.write()
+    link.run(2)
+    for meter in (ours, theirs):
+        assert link.goodput(meter, 1) > 0.6 * link.rate
+
+
+def test_a_slow_reader_has_a_window_of_its_own_pace():
+    _, link = linked(0.050, 20e6)
+    ours, theirs = link.open()
+    theirs.auto = False
+    ours.write()
+    for _ in range(200):
+        link.run(0.010)
+        theirs.stream.consumed(10 * KIB)  # a megabyte a second, beside the path's twenty
+    window = theirs.stream.receive_window
+    assert window.size < 4 * 1e6 * (0.050 + TURN)
+    assert window.unread <= window.size
+    theirs.auto = True
+    theirs.stream.consumed(window.unread)
+    link.run(1)
+    assert link.goodput(theirs, 1) > 0.95 * link.rate
+
+
+def test_nothing_is_tuned_before_the_round_trip_is_known():
+    pair = Pair()
+    pair.server.mux.flight._paths.clear()
+    ours, theirs = pair.open()
+    ours.write(bytes(MIB))
+    pair.pump()
+    assert theirs.receive_window.size == 16 * KIB
+    assert len(theirs.sink.data) == MIB
+
+
+def test_streams_that_stall_with_wide_windows_leave_room_for_others():
+    pair, link = linked(0.200, 100e6)
+    pool = pair.server.mux.pool
+    meters = [link.open() for _ in range(6)]
+    for ours, _ in meters:
+        ours.write()
+    link.run(8)
+    windows = [theirs.stream.receive_window for _, theirs in meters]
+    assert max(w.size for w in windows) < 2 * min(w.size for w in windows)
+    for _, theirs in meters:
+        theirs.auto = False
+    link.run(2)
+    assert all(w.unread == w.granted - w.consumed for w in windows)
+    assert pool.free >= pool.size // 16
+    for opener in pair.sides:
+        mine, theirs = link.open(opener)
+        mine.write()
+        link.run(3)
+        assert link.goodput(theirs, 1) > 1e6
+
+
+def test_the_cap_does_not_collapse_when_the_round_trip_rises_from_10_to_80_ms():
+    pair, link = linked(0.010, 20e6)
+    flight = pair.client.mux.flight
+    ours, theirs = link.open()
+    ours.write()
+    link.run(3)
+    before = flight.cap(pair.now)
+    assert before > 1.5 * link.rate * 0.010
+    lowest = []
+    link.watch = lambda: lowest.append(flight.cap(pair.now))
+    link.delay = 0.040
+    link.run(3)
+    assert min(lowest) > 0.9 * before
+    assert flight.cap(pair.now) > link.rate * 0.080
+    assert link.goodput(theirs, 1) > 0.95 * link.rate
+
+
+def test_the_cap_follows_a_path_that_becomes_slower_or_shorter():
+    pair, link = linked(0.080, 20e6)
+    flight = pair.client.mux.flight
+    ours, theirs = link.open()
+    ours.write()
+    link.run(3)
+    link.delay = 0.005
+    link.run(5)
+    assert flight.cap(pair.now) < 3 * link.rate * 0.012
+    link.rate = 5e6
+    link.run(10)
+    assert flight.rate < 1.1 * link.rate
+    assert link.goodput(theirs, 1) > 0.95 * link.rate
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_ping_is_bounded_under_saturation(both_ways):
+    """By what the caps allow each way, for as long as it goes on: neither end may take the other's queue for the path."""
+    pair, link = linked(0.020, 10e6)
+    ours, theirs = link.open()
+    ours.write()
+    if both_ways:
+        theirs.write()
+    link.run(2)
+    pair.client.events.clear()
+    for _ in range(20):
+        pair.client.mux.ping()
+        link.run(1)
+    round_trips = [event[2] for event in pair.client.events if event[0] == "pong"]
+    assert len(round_trips) >= 20
+    assert max(round_trips) < (1 + 2 * (1 + both_ways)) * (0.020 + 0.002)
+    for meter in (theirs, ours)[: 1 + both_ways]:
+        assert link.goodput(meter, 2) > 0.7 * link.rate
+
+
+def test_a_receiver_of_bulk_measures_the_path_as_well():
+    pair, link = linked(0.010, 10e6)
+    ours, _ = link.open()
+    ours.write()
+    link.run(2)
+    assert pair.server.mux.liveness._ping_count > 2
+    link.delay = 0.040
+    link.run(4)
+    assert pair.server.mux.flight.rtt_min >= 0.080
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_peer_that_takes_nothing_is_given_up(busy):
+    """Whether nothing comes from it, or now and then something does."""
+    pair = Pair()
+    ours, _ = pair.open()
+    ours.write(bytes(10_000))
+    pair.client.flush()
+    pair.client.blocked = True
+    pair.client.mux.write_blocked(pair.now)
+    start = pair.now
+    for n in range(40):
+        pair.sleep(1, pump=False)
+        if busy and pair.client.error is None:
+            pair.server.inject(Data(ours.id, b"x") if n % 2 else Ping(n))
+    assert isinstance(pair.client.error, PeerTimeoutError)
+    assert pair.now - start >= 25
+    assert ("taken" in str(pair.client.error) or "acknowledged" in str(pair.client.error)) is busy
+
+
+def test_a_peer_that_takes_little_is_not():
+    pair = Pair()
+    ours, _ = pair.open()
+    mux = pair.client.mux
+    mux.write_blocked(pair.now)
+    for _ in range(10):
+        ours.write(bytes(100))
+        pair.sleep(20)  # and an ACK comes, so something was taken
+    assert pair.client.error is None
+    mux.write_resumed()
+    pair.sleep(100)
+    assert pair.client.error is None
+
+
+def test_what_idle_streams_hold_is_counted():
+    pair, link = linked(0.050, 20e6)
+    ours, theirs = link.open()
+    ours.write()
+    link.run(2)
+    mux = pair.server.mux
+    assert mux.idle_credit(pair.now) == 0
+    ours.writing = False
+    link.run(40)
+    assert not theirs.stream.receive_window.unread
+    assert mux.idle_credit(pair.now) == mux.pool.extra > MIB
+    ours.write()
+    link.run(0.3)
+    assert mux.idle_credit(pair.now) == 0
