@@ -56,7 +56,7 @@ class Reconnection:
                     raise SessionClosedError("the session ended meanwhile") from error
                 raise
             if isinstance(error, ResumeRefusedError):
-                session.lost(error)
+                session.refused(error)
                 raise
             if isinstance(error, TimeoutError):
                 raise HandshakeError(f"no answer to RESUME within {within:g} s") from error

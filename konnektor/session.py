@@ -28,6 +28,7 @@ from konnektor.errors import (
     KonnektorError,
     LocalProtocolError,
     PeerError,
+    ResumeRefusedError,
     SessionClosedError,
     SessionError,
     SessionLost,
@@ -616,9 +617,9 @@ class Session:
         if self.on_resumed is not None:
             self.on_resumed(self)
 
-    def lost(self, error: SessionError) -> None:
-        """There will be no other connection."""
-        self._mux.end(error, None)
+    def refused(self, error: ResumeRefusedError) -> None:
+        """There will be no other connection: the server has the session no more."""
+        self._mux.end(ResumeRefusedError(f"{self._mux.resumption.reason}, and the peer says: {error}"), None)
 
     def judge(self, ssl_object: ssl.SSLObject | None) -> None:
         """Is the peer on another connection the one that it was?
