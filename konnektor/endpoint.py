@@ -158,8 +158,9 @@ class Endpoint(ABC):
         self._changes.notify()
 
     def _drop(self) -> None:
-        """Drops every connection without a word."""
+        """Drops every connection, with one word: without it the peer would wait for this end to come back."""
         for session in self._live:
+            session.close(Code.SHUTDOWN, f"the {self._kind} is closed")
             session.abort()
         self._targets.abort()
 

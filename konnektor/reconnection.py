@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import ssl
@@ -36,6 +37,7 @@ class Reconnection:
         self._driver.mux = self._rejoin
         self._done: asyncio.Future[None] = session.loop.create_future()
         self._reason: Exception | None = None
+        self._deadline = asyncio.timeout(2 * session.limits.hello_timeout)  # for TLS, and for what follows
         self.output_pending = self._driver.output_pending
 
     async def run(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
@@ -43,33 +45,39 @@ class Reconnection:
         session = self._session
         within = session.limits.hello_timeout
         try:
-            await self._driver.connect("client", sock, tls, server_name, within=within)
-            async with asyncio.timeout(within):
+            async with self._deadline:
+                await self._driver.connect("client", sock, tls, server_name, within=within)
                 await self._done
+            if self._rejoin.error is not None:
+                raise self._rejoin.error
         except BaseException as error:
             if self._driver.mux is not self._rejoin:
-                # A moment too late: the session has gone on.
                 if isinstance(error, TimeoutError):
-                    return
+                    return  # a moment too late: the session has gone on
                 raise
             self._driver.detach()
-            if isinstance(error, ResumeRefusedError) or (
-                isinstance(error, IdentityError) and isinstance(self._reason, IdentityError)
-            ):
-                # Of a control plane by another name, too: it cannot have the session.
-                session.lost(error)
-                raise ResumeRefusedError(str(error)) from error
+            if session.closed and isinstance(error, OSError | SessionError):
+                raise SessionClosedError("the session ended meanwhile") from error
+            if isinstance(error, ResumeRefusedError):
+                session.refused(error)
+                raise
+            if isinstance(self._reason, IdentityError):
+                # A control plane by another name cannot have the session, and may take a fresh one.
+                refusal = ResumeRefusedError(str(self._reason))
+                session.refused(refusal)
+                raise refusal from error
             if isinstance(error, TimeoutError):
-                raise HandshakeError(f"no answer to RESUME within {within:g} s") from error
+                raise HandshakeError(f"not resumed within {2 * within:g} s") from error
             if isinstance(error, OSError | SessionError):
                 raise HandshakeError(str(error)) from (self._reason or error)
             raise
 
-    def abandon(self, error: SessionError) -> None:
-        """The session has ended meanwhile."""
-        self._driver.detach()
-        if not self._done.done():
-            self._done.set_exception(SessionClosedError(f"the session ended: {error}"))
+    def session_ended(self, error: SessionError) -> None:
+        """Nothing is left to go on with: the server, which may just have granted it, hears of that."""
+        waiting = not self._done.done() and not self._deadline.expired()
+        self._rejoin.close(error.code, error.reason)
+        if waiting:
+            self._deadline.reschedule(-math.inf)  # it may not even be connected
 
     def _connected(self, transport: asyncio.Transport) -> None:
         try:
@@ -92,5 +100,5 @@ class Reconnection:
     def rejoin_failed(self, error: SessionError) -> None:
         """It does not, over this connection."""
         if not self._done.done():
-            self._done.set_exception(error)
+            self._done.set_result(None)
         self._driver.close()

@@ -36,6 +36,7 @@ class Resumption:
         greeting: the RESUMED that goes ahead of everything else, until it is sent.
         replaying: what is being sent again, frame after whole frame.
         suspended: the connection broke, and another may come.
+        reason: how it broke, the last time.
         rejoining: the peer wants to go on with another session over this connection: this one will never be.
         client_nonce: of the HELLO that said so.
         due: when ``check`` should be called.
@@ -44,10 +45,10 @@ class Resumption:
     __slots__ = (
         "_grace_ends",
         "_mux",
-        "_reason",
         "_settle_at",
         "client_nonce",
         "greeting",
+        "reason",
         "rejoining",
         "replay",
         "replaying",
@@ -65,7 +66,7 @@ class Resumption:
         self.suspended = False
         self.rejoining = False
         self.client_nonce = b""
-        self._reason = ""
+        self.reason = ""
         self._settle_at = math.inf
         self._grace_ends = math.inf
 
@@ -101,7 +102,7 @@ class Resumption:
         assert not self.suspended
         grace = self._mux.limits.resume_grace
         self.suspended = True
-        self._reason = f"{reason}, and was not resumed within {grace:g} s"
+        self.reason = reason
         self._settle_at = now + UNSETTLED_FOR
         self._grace_ends = now + grace
         self.greeting = b""
@@ -115,7 +116,8 @@ class Resumption:
             self._mux.fail_pending()
         if now >= self._grace_ends:
             self._grace_ends = math.inf
-            self._mux.end(SessionError(self._reason, Code.TIMEOUT), None)
+            text = f"{self.reason}, and was not resumed within {self._mux.limits.resume_grace:g} s"
+            self._mux.end(SessionError(text, Code.TIMEOUT), None)
 
     # The client's side of a new connection
 

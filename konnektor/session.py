@@ -28,6 +28,7 @@ from konnektor.errors import (
     KonnektorError,
     LocalProtocolError,
     PeerError,
+    ResumeRefusedError,
     SessionClosedError,
     SessionError,
     SessionLost,
@@ -106,7 +107,7 @@ class SessionStats:
 
     Attributes:
         streams: open now.
-        bytes_sent, bytes_received: of frames, below TLS.
+        bytes_sent, bytes_received: of frames, below TLS, on the connection there is.
         rtt: smoothed round trip; 0 before it was measured.
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
@@ -290,13 +291,14 @@ class Session:
             HandshakeError: not over this connection; its ``__cause__`` says why.
             ResumeRefusedError: the server has the session no more, and now it is over here, too.
             SessionClosedError: it was over before, or ended meanwhile.
-            LocalProtocolError: it has a connection, or another attempt is under way.
+            LocalProtocolError: it is not suspended, or another attempt is under way.
         """
         if not self.suspended or self._reconnection is not None:
             sock.close()
             if self.closed:
                 raise SessionClosedError("the session is closed")
-            raise LocalProtocolError("the session has a connection, or an attempt at one")
+            why = "not suspended" if not self.suspended else "being resumed already"
+            raise LocalProtocolError(f"the session is {why}")
         self._reconnection = Reconnection(self)
         try:
             await self._reconnection.run(sock, tls, server_name)
@@ -626,24 +628,24 @@ class Session:
 
     def go_on(self) -> None:
         """It has gone on, over the connection that was adopted."""
+        if self.closed:
+            # It waited for nothing but to hear that all it had sent has arrived: CLOSE is what is left.
+            self._driver.close()
+            return
         self._resumed += 1
         # The PONGs of the old connection will not come.
         waiting = [future for futures in self._pings.values() for future in futures]
         self._pings.clear()
         if waiting:
             self._pings[self._mux.ping()] = waiting
-        if self.closed:
-            # What the peer had already acknowledged was all that a drain waited for.
-            self._driver.close()
-            return
         self._driver.output_pending()
         self.log.info("resumed")
         if self.on_resumed is not None:
             self.on_resumed(self)
 
-    def lost(self, error: SessionError) -> None:
-        """There will be no other connection."""
-        self._mux.end(error, None)
+    def refused(self, error: ResumeRefusedError) -> None:
+        """There will be no other connection: the server has the session no more."""
+        self._mux.end(ResumeRefusedError(f"{self._mux.resumption.reason}, and the peer says: {error}"), None)
 
     def judge(self, ssl_object: ssl.SSLObject | None) -> None:
         """Is the peer on another connection the one that it was?
@@ -732,7 +734,7 @@ class Session:
             task.cancel()
         self._alarm.stop()
         if self._reconnection is not None:
-            self._reconnection.abandon(error)
+            self._reconnection.session_ended(error)
         if self._driver.transport is None:
             self._finish()
         else:

@@ -219,7 +219,7 @@ class Worker(Endpoint):
                 backoff.next()
 
     async def _follow(self, session: Session, address: tuple[str, int]) -> None:
-        """Gets the session another connection whenever one breaks; cancelled when it ends."""
+        """Gets the session another connection whenever one breaks, draining or not; until it is cancelled."""
         peer = f"the control plane at {format_hostport(*address)}"
         loop = asyncio.get_running_loop()
         backoff = Backoff(last=LAST_RESUMING)
@@ -238,10 +238,11 @@ class Worker(Endpoint):
                 since = loop.time()
             except ResumeRefusedError as error:
                 logger.warning("%s does not resume the session (%s); starting afresh", peer, error)
-            except Exception as error:
-                if not isinstance(error, KonnektorError):
-                    logger.exception("internal error")  # and yet the worker goes on
-                logger.warning("cannot resume the session with %s: %s; trying again", peer, error)
+            except KonnektorError as error:
+                if session.suspended:
+                    logger.warning("cannot resume the session: %s; trying again", _why(error, peer))
+            except Exception:
+                logger.exception("internal error")  # and yet the worker goes on
 
     async def _dial(self, address: tuple[str, int], peer: str) -> socket.socket:
         try:
@@ -279,8 +280,7 @@ class Worker(Endpoint):
             raise HandshakeError(explain(error.__cause__, peer)) from error
         self._sessions[address] = session
         session.on_goaway = lambda _: self._changes.notify()
-        following = self._spawn(self._follow(session, address))
-        session.on_ended = lambda _: self._ended(following)
+        session.on_ended = lambda _: self._changes.notify()
         session.on_suspended = lambda session: self._suspended(session, where)
         session.on_resumed = lambda session: self._resumed(session, where)
         logger.info("connected to %s at %s", session.peer_name, where)
@@ -288,10 +288,6 @@ class Worker(Endpoint):
         _ = self._spawn(self._see_out(session, address))
         self._changes.notify()
         return session
-
-    def _ended(self, following: asyncio.Task[None]) -> None:
-        following.cancel()
-        self._changes.notify()
 
     def _suspended(self, session: Session, where: str) -> None:
         logger.warning("lost the connection to %s at %s; resuming the session", session.peer_name, where)
@@ -304,9 +300,17 @@ class Worker(Endpoint):
         self._changes.notify()
 
     async def _see_out(self, session: Session, address: tuple[str, int]) -> None:
+        following = self._spawn(self._follow(session, address))
         await session.wait_closed()
+        following.cancel()
         self._live.discard(session)
         if self._sessions.get(address) is session:
             del self._sessions[address]
         self._changes.notify()
         logger.info("disconnected from %s at %s: %s", session.peer_name, format_hostport(*address), session.error)
+
+
+def _why(error: KonnektorError, peer: str) -> str:
+    """Why there is no new connection, in one sentence for the operator."""
+    cause = error.__cause__
+    return str(error) if cause is None or isinstance(cause, KonnektorError) else explain(cause, peer)

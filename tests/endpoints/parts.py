@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 import konnektor as kk
 from konnektor import pki
+from konnektor.testing import FaultProxy
 
 PATIENCE = 30.0
 """Seconds until a test that waits for what never comes has failed."""
@@ -79,6 +80,21 @@ async def tunnel(certs, *, allow=(), plane=None, name="node-1", **kwargs):
             session = await control_plane.wait_for(name)
             await worker.wait_connected()
             yield SimpleNamespace(plane=control_plane, worker=worker, session=session)
+
+
+@asynccontextmanager
+async def proxied(certs, *, allow=("127.0.0.1:*",), plane=None, name="node-1", **kwargs):
+    """As ``tunnel``, with a ``proxy`` between: ``session`` is the control plane's, ``client`` the worker's."""
+    async with (
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, **(plane or {})) as control_plane,
+        FaultProxy(control_plane.address) as proxy,
+        kk.Worker(
+            [proxy.address], tls=certs.worker(name), allow=[kk.parse_allow(rule) for rule in allow], **kwargs
+        ) as worker,
+    ):
+        session = await control_plane.wait_for(name)
+        client = await worker.wait_connected()
+        yield SimpleNamespace(plane=control_plane, proxy=proxy, worker=worker, session=session, client=client)
 
 
 # -- Targets ----------------------------------------------------------------------------------------------------------

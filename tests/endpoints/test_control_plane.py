@@ -373,8 +373,9 @@ async def test_the_worker_goes_while_it_dials(certs):
 async def test_a_subscriber_that_falls_behind_misses_the_oldest(certs, monkeypatch):
     monkeypatch.setattr("konnektor.control_plane.EVENTS", 1)
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, plane.events() as events:
-        async with kk.Worker([plane.address], tls=certs.worker(), once=True):
+        async with kk.Worker([plane.address], tls=certs.worker(), once=True) as worker:
             session = await plane.wait_for("node-1")
+            await worker.wait_connected()
         await session.wait_closed()
         assert await anext(events) == kk.WorkerDisconnected("node-1", session)
 
