@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 SECONDS ?= 180
+CUTS ?= 200
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
 PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; print(",".join(m.replace(".", "/") + ".py" for k in c if k["id"] == "pure-core" for m in k["source_modules"]))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compiled test-compiled bench soak clean curl
+.PHONY: help demo test check compiled test-compiled bench soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -20,7 +21,7 @@ demo: curl $(READY) ## show the tunnel at work between real processes
 test: curl $(READY) ## run every test; the pure core must be covered to the last branch
 	$(BIN)/coverage run -m pytest tests/unit tests/property
 	$(BIN)/coverage report --include='$(PURE_FILES)' --fail-under=100
-	$(BIN)/pytest tests --ignore=tests/unit --ignore=tests/property
+	$(BIN)/pytest tests --ignore=tests/unit --ignore=tests/property -m 'not slow'
 
 check: $(READY) ## lint, formatting, types, and the rings of imports
 	$(BIN)/ruff check
@@ -31,7 +32,7 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modules compiled by mypyc (needs a C compiler)
 
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
-	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs
+	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
 
 bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
 	@$(BIN)/python -m bench
@@ -39,14 +40,17 @@ bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, ngin
 soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and openssl; fails on any error or leak
 	@$(BIN)/python -m bench.soak --seconds $(SECONDS)
 
-build/compiled/.ready: $(READY) $(shell find konnektor tests examples contrib -type f -not -name '*.pyc')
+faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigabyte of traffic; fails on any lost byte or leak
+	@$(BIN)/python -m bench.faults --cuts $(CUTS)
+
+build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib -type f -not -name '*.pyc')
 	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
 	@rm -rf build/compiled build/wheel build/source
 	@echo "Compiling (about a minute) ..."
 	@mkdir -p build/compiled build/source && cp -r konnektor README.md LICENSE pyproject.toml build/source/
 	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel ./build/source
-	@cp -r tests examples contrib README.md pyproject.toml build/compiled/
+	@cp -r tests bench examples contrib README.md pyproject.toml build/compiled/
 	@$(BIN)/python -m zipfile -e build/wheel/*.whl build/compiled
 	@touch $@
 

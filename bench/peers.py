@@ -77,8 +77,8 @@ class Peer(ABC):
         """What is measured."""
 
     def run(self, *args: str, **kwargs: object) -> subprocess.Popen[bytes]:
-        log = (self.directory / f"{self.name}-{len(self.processes)}.log").open("wb")
-        process = subprocess.Popen(args, stderr=log, **kwargs)  # type: ignore[call-overload]
+        with (self.directory / f"{self.name}-{len(self.processes)}.log").open("wb") as log:
+            process = subprocess.Popen(args, stderr=log, **kwargs)  # type: ignore[call-overload]
         self.processes.append(process)
         return process
 

@@ -243,9 +243,9 @@ def report(rows: list[Row], tunnel: Tunnel, seconds: float) -> None:
     sys.stdout.flush()
 
 
-async def settled(tunnel: Tunnel, wanted: list[int]) -> list[int]:
+async def settled(tunnel: Tunnel, wanted: list[int], seconds: float = SETTLE) -> list[int]:
     """Descriptors, as soon as there are no more than wanted, or they have had their time."""
-    end = time.monotonic() + SETTLE
+    end = time.monotonic() + seconds
     while True:
         now = tunnel.descriptors()
         if all(a <= b for a, b in zip(now, wanted, strict=True)) or time.monotonic() > end:

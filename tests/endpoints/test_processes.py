@@ -273,7 +273,7 @@ def wait_for_line(process, text):
 
 def test_the_control_plane_dies_while_the_worker_drains(plane, worker):
     control_plane = plane("--frontend", "http://127.0.0.1:0")
-    node = worker(control_plane)
+    node = worker(control_plane, "--resume-grace", "1s")
     with Held(control_plane):
         node.signal()
         wait_for_line(node, "draining")
@@ -288,9 +288,10 @@ def test_a_worker_waits_for_its_control_plane(start, plane, certs):
     first = plane(listen=where)
     assert node.ready() == {"worker": ["node-1"], "connected": [where]}
     first.signal(signal.SIGKILL)
-    wait_for_line(node, "disconnected from cp")
+    wait_for_line(node, "cannot resume the session: ")
     second = plane(listen=where)
     wait_for_line(second, "worker node-1 connected from")
+    assert "no longer knows the session; starting afresh" in node.log.read_text()
     node.stop()
     second.stop()
 
@@ -308,7 +309,7 @@ def test_once(plane, worker):
     control_plane.stop()
     assert node.wait() == 0
     control_plane = plane()
-    node = worker(control_plane, "--once")
+    node = worker(control_plane, "--once", "--resume-grace", "0")
     control_plane.signal(signal.SIGKILL)
     assert node.wait() == 5
     last = node.log.read_text().splitlines()[-1]
