@@ -13,7 +13,6 @@ from konnektor.driver import Driver
 from konnektor.errors import (
     Code,
     HandshakeError,
-    IdentityError,
     KonnektorError,
     ResumeRefusedError,
     SessionClosedError,
@@ -61,11 +60,6 @@ class Reconnection:
             if isinstance(error, ResumeRefusedError):
                 session.refused(error)
                 raise
-            if isinstance(self._reason, IdentityError):
-                # A control plane by another name cannot have the session, and may take a fresh one.
-                refusal = ResumeRefusedError(str(self._reason))
-                session.refused(refusal)
-                raise refusal from error
             if isinstance(error, TimeoutError):
                 raise HandshakeError(f"not resumed within {2 * within:g} s") from error
             if isinstance(error, OSError | SessionError):

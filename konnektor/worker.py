@@ -16,6 +16,7 @@ from konnektor.errors import (
     Code,
     ConfigurationError,
     HandshakeError,
+    IdentityError,
     KonnektorError,
     ResumeRefusedError,
     SessionClosedError,
@@ -33,6 +34,8 @@ __all__ = ["Backoff", "Worker"]
 
 FIRST_DELAY: Final = 0.1
 LAST_DELAY: Final = 30.0
+STRANGERS: Final = 3
+"""Control planes of another name met at the address (one of several behind it, perhaps) before the session is given up."""
 LAST_RESUMING: Final = 5.0
 """Longest wait between attempts to resume: streams are waiting, and not for ever."""
 CALM: Final = 10.0
@@ -224,6 +227,7 @@ class Worker(Endpoint):
         loop = asyncio.get_running_loop()
         backoff = Backoff(last=LAST_RESUMING)
         since = loop.time()
+        strangers = 0
         while True:
             await self._changes.wait_for(lambda: session.suspended)
             if loop.time() - since > CALM:
@@ -237,10 +241,13 @@ class Worker(Endpoint):
                 await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
                 since = loop.time()
             except ResumeRefusedError as error:
-                logger.warning("%s does not resume the session (%s); starting afresh", peer, error)
+                logger.warning("%s no longer knows the session; starting afresh (%s)", peer, error)
             except KonnektorError as error:
                 if session.suspended:
                     logger.warning("cannot resume the session: %s; trying again", _why(error, peer))
+                strangers += isinstance(error.__cause__, IdentityError)
+                if strangers == STRANGERS:
+                    session.close(Code.IDENTITY, f"{peer} is not the one that has the session")
             except Exception:
                 logger.exception("internal error")  # and yet the worker goes on
 

@@ -280,7 +280,7 @@ async def test_sessions_that_drain_at_once_do_not_spin(certs, monkeypatch):
         assert len(delays) >= 3
 
 
-@pytest.mark.parametrize(("calm", "forgiven"), [(-1, 1), (math.inf, 0)])
+@pytest.mark.parametrize(("calm", "forgiven"), [(-1, True), (math.inf, False)])
 async def test_a_long_session_is_forgiven(certs, monkeypatch, calm, forgiven):
     monkeypatch.setattr("konnektor.worker.CALM", calm)
     resets = []
@@ -288,7 +288,7 @@ async def test_a_long_session_is_forgiven(certs, monkeypatch, calm, forgiven):
     async with tunnel(certs) as t:
         t.session.abort()
         await until(lambda: t.plane.get("node-1") not in (None, t.session))
-        assert len(resets) == forgiven
+        assert bool(resets) is forgiven
 
 
 # The end
