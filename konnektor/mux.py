@@ -512,11 +512,10 @@ class Mux:
                 stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
     def reconnected(self) -> None:
-        """There is a connection again: whatever was wanted or armed meanwhile is wanted and armed anew."""
+        """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
         self._awake = False
         self.wake()
-        if (when := self.next_deadline()) is not None:
-            self.arm(when)
+        self.arm(self.liveness.due)
 
     def disconnected(self, now: float) -> None:
         """There is no connection: nothing of its state matters any more, and a drain need not wait for the peer."""

@@ -17,6 +17,7 @@ from tests.unit import test_mux_flow as flow
 from tests.unit import test_mux_paths as paths
 from tests.unit import test_mux_session as session
 from tests.unit import test_mux_streams as streams
+from tests.unit import test_resume as resume
 from tests.unit import test_vectors as vectors
 
 VECTORS = {
@@ -77,6 +78,10 @@ CASES = {
     "25 half-close drains the other direction": [streams.test_half_close_leaves_the_other_direction_open],
     "26 buffered data before EOF": [flow.test_fin_waits_behind_blocked_data],
     "27 255 stalled streams, one proceeds": [flow.test_255_stalled_streams_and_one_that_proceeds],
+    "28 both sides saturated, replay buffers full, no deadlock": [
+        resume.test_full_replay_buffers_block_and_do_not_deadlock,
+        resume.test_what_waited_for_room_in_the_replay_buffer_is_not_forgotten,
+    ],
     "29 pool invariant under fuzz": [
         credit.test_the_pool_is_never_overdrawn_and_its_books_are_right,
         any_bytes.test_no_stall,
@@ -111,6 +116,18 @@ CASES = {
         lambda: paths.test_a_peer_that_takes_nothing_is_given_up(busy=True),
     ],
     "36 two-phase GOAWAY loses nothing, OPENs that cross it are settled": [drain.test_two_phases],
+    "37 connection cut at every byte, resumed, exactly once": [
+        partial(resume.test_cut_at_every_byte, ("client", "server")),
+        resume.test_the_second_connection_cut_at_every_byte,
+    ],
+    "38 RESUME forged, replayed, ahead, behind": [
+        *(partial(resume.test_a_resume_that_was_tampered_with, change) for change in resume.BAD.values()),
+        *(partial(resume.test_a_resume_of_what_cannot_be, {"rx_seq": count}) for count in (0, 10**9)),
+        resume.test_a_resume_is_taken_once,
+    ],
+    "39 resume while the old socket still lives and delivers": [
+        resume.test_the_old_connection_still_lives_and_delivers
+    ],
     "41 honest extremes trip no limit": [
         abuse.test_six_thousand_opens_a_second,
         abuse.test_a_target_that_resets_a_thousand_times_a_second,

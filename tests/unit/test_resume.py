@@ -1,0 +1,582 @@
+"""Sessions that outlive their connections: cut anywhere, resumed, exactly once; and who may not resume."""
+
+import pytest
+
+from konnektor import frames
+from konnektor.errors import Code, ProtocolError, ResumeRefusedError, SessionClosedError, UnreachableError, VersionError
+from konnektor.frames import Hello, HelloTLV
+from konnektor.limits import KIB, MIB, Limits
+from konnektor.rejoin import Rejoin
+from konnektor.replay import Replay, Ticket
+from tests.pair import SMALL, Newcomer, Pair, Side
+
+
+def resumable(limits=SMALL, **kwargs):
+    return Pair(limits, resumable=True, **kwargs)
+
+
+# Exactly once
+
+
+def conversation(pair):
+    """Both sides write on several streams, finish one, reset one; nothing is delivered yet."""
+    first, theirs = pair.open()
+    second, seconds = pair.open(pair.server)
+    third, _ = pair.open()
+    for _ in range(3):
+        first.write(b"abc" * 20)
+        theirs.write(b"defg" * 10)
+        second.write(b"hi")
+        seconds.write(b"jkl")
+    first.finish()
+    third.write(b"lost")
+    third.reset(Code.CANCELLED)
+    pair.client.mux.ping()
+    pair.client.open("echo", b"x").write(b"early")
+    for side in pair.sides:
+        side.flush()
+    return (first, theirs), (second, seconds), third
+
+
+def check(pair, streams):
+    (first, theirs), (second, seconds), _third = streams
+    pair.pump()
+    assert bytes(theirs.sink.data) == b"abc" * 60
+    assert "eof" in theirs.sink.kinds
+    assert bytes(first.sink.data) == b"defg" * 30
+    assert bytes(seconds.sink.data) == b"hi" * 3
+    assert bytes(second.sink.data) == b"jkl" * 3
+    late = pair.server.opened[-1]
+    assert bytes(late.sink.data) == b"early"
+    for side in pair.sides:
+        assert side.error is None
+        side.check()
+    assert pair.server.opened[1].sink.error is not None  # the one that was reset
+    second.write(b"and on")
+    pair.pump()
+    assert bytes(seconds.sink.data) == b"hi" * 3 + b"and on"
+
+
+@pytest.mark.parametrize("notice", [("client", "server"), ("server", "client"), ("client",)])
+def test_cut_at_every_byte(notice):
+    pair = resumable()
+    conversation(pair)
+    total = max(len(side.wire) for side in pair.sides)
+    for count in range(total + 1):
+        pair = resumable()
+        streams = conversation(pair)
+        pair.cut(count, total - count, notice=notice)
+        pair.resume()
+        check(pair, streams)
+
+
+def test_the_second_connection_cut_at_every_byte():
+    count = 0
+    while True:
+        pair = resumable()
+        streams = conversation(pair)
+        pair.cut(40, 60)
+        pair.reconnect()
+        budget = count
+        moved = True
+        while moved and budget:
+            moved = False
+            for side in pair.sides:
+                side.flush()
+                part = min(len(side.wire), budget)
+                if part:
+                    side.deliver(part)
+                    budget -= part
+                    moved = True
+        pair.cut()
+        pair.resume()
+        check(pair, streams)
+        if budget:
+            assert count > 500
+            return
+        count += 1
+
+
+def test_the_old_connection_still_lives_and_delivers():
+    """The client gives up first; what the server still writes on the old connection is sent again on the new one."""
+    pair = resumable()
+    streams = conversation(pair)
+    pair.client.deliver()
+    pair.client.lose()
+    pair.server.flush()
+    pair.server.wire.clear()
+    pair.reconnect()
+    assert not pair.server.gone
+    pair.pump()
+    check(pair, streams)
+
+
+def test_written_while_suspended():
+    pair = resumable()
+    stream, theirs = pair.open()
+    pair.cut()
+    stream.write(b"meanwhile")
+    theirs.write(b"here, too")
+    for side in pair.sides:
+        side.flush()
+        assert not side.wire
+    pair.resume()
+    assert bytes(theirs.sink.data) == b"meanwhile"
+    assert bytes(stream.sink.data) == b"here, too"
+
+
+def test_full_replay_buffers_block_and_do_not_deadlock():
+    limits = Limits(initial_window=64 * KIB, initial_streams=8, receive_pool=32 * MIB, replay_buffer=256 * KIB)
+    pair = resumable(limits)
+    stream, theirs = pair.open()
+    for _ in range(40):
+        stream.write(b"x" * 50_000)
+        theirs.write(b"y" * 50_000)
+    for _ in range(3):
+        for side in pair.sides:
+            side.flush()
+            assert side.mux.flight.sequenced <= 256 * KIB + 64 * KIB
+        pair.cut(100_000, 150_000)
+        pair.resume()
+    assert len(stream.sink.data) == len(theirs.sink.data) == 2_000_000
+
+
+def test_what_waited_for_room_in_the_replay_buffer_is_not_forgotten():
+    limits = Limits(initial_window=MIB, initial_streams=8, receive_pool=64 * MIB, replay_buffer=256 * KIB)
+    pair = resumable(limits)
+    stream, _theirs = pair.open()
+    pair.sleep(1)
+    stream.write(b"x" * 256 * KIB)
+    pair.client.flush()
+    assert pair.client.mux.flight.footprint >= 256 * KIB
+    pair.client.mux.drain(60, pair.now)
+    pair.client.flush()
+    assert "goaway" not in pair.server.kinds
+    pair.pump()
+    assert "goaway" in pair.server.kinds
+
+
+def test_tiny_frames_cost_what_they_cost():
+    pair = resumable(Limits(initial_streams=8, replay_buffer=256 * KIB))
+    stream, _ = pair.open()
+    sent = 0
+    while True:
+        stream.write(b"x")
+        pair.client.flush()
+        if not pair.client.wire:
+            break
+        sent += 1
+        pair.client.wire.clear()
+    assert 256 < sent < 600  # though they weigh nine bytes each
+
+
+def test_a_ping_that_was_out_is_not_waited_for():
+    pair = resumable()
+    pair.client.mux.ping()
+    pair.client.flush()
+    pair.cut()
+    pair.resume()
+    opaque = pair.client.mux.ping()
+    pair.sleep(1)
+    assert ("pong", opaque) in [event[:2] for event in pair.client.events]
+
+
+# Who may
+
+
+def attempt(pair, *, nonce=b"c" * 32, change=lambda frame: frame):
+    """A RESUME by hand; returns the newcomer that judged it, and what it sent."""
+    server = pair.server
+    newcomer = Newcomer(server)
+    server.machine = newcomer.mux
+    tlvs = {**pair.client.mux.settings.to_tlvs(), int(HelloTLV.RESUME_INTENT): b""}
+    hello = Hello(1, 1, nonce, tlvs).encode()
+    assert newcomer.mux.receive(hello, pair.now) == len(hello)
+    newcomer.mux.data_to_send(pair.now)
+    frame = pair.client.mux.resumption.request(nonce + newcomer.mux.nonce)
+    raw = change(frame).encode()
+    newcomer.mux.receive(raw, pair.now)
+    return newcomer, raw
+
+
+BAD = {
+    "forged": lambda f: f._replace(mac=bytes(32)),
+    "another attempt": lambda f: f._replace(attempt=f.attempt + 1),
+    "ahead": lambda f: f._replace(rx_seq=f.rx_seq + 1),
+    "behind": lambda f: f._replace(rx_seq=0),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_a_resume_that_was_tampered_with(change):
+    pair = resumable()
+    pair.open()
+    pair.cut()
+    newcomer, _ = attempt(pair, change=change)
+    assert newcomer.error.code == Code.RESUME_REFUSED
+    assert pair.server.gone
+
+
+def signed(pair, **changes):
+    """A RESUME whose proof is right, of what cannot be."""
+
+    def change(frame):
+        frame = frame._replace(**changes)
+        ticket = pair.client.mux.resumption.ticket
+        return frame._replace(mac=ticket.client_mac(frame.attempt, frame.rx_seq, b"c" * 32 + b"n" * 32))
+
+    return change
+
+
+@pytest.mark.parametrize("changes", [{"attempt": 0}, {"rx_seq": 10**9}, {"rx_seq": 0}], ids=str)
+def test_a_resume_of_what_cannot_be(changes):
+    pair = resumable()
+    pair.open()
+    pair.sleep(1)  # so that something is acknowledged
+    pair.cut()
+    newcomer, _ = attempt(pair, change=signed(pair, **changes))
+    assert newcomer.error.code == Code.RESUME_REFUSED
+    assert pair.server.gone
+
+
+def test_a_resume_is_taken_once():
+    pair = resumable()
+    pair.cut()
+    newcomer, raw = attempt(pair)
+    assert newcomer.error.code == Code.NO_ERROR or not pair.server.gone
+    pair.server.lose()
+    # The same bytes again, and the same nonces: the attempt was made.
+    again = Newcomer(pair.server)
+    hello = Hello(1, 1, b"c" * 32, {int(HelloTLV.RESUME_INTENT): b""}).encode()
+    again.mux.receive(hello, pair.now)
+    again.mux.receive(raw, pair.now)
+    assert again.error.code == Code.RESUME_REFUSED
+    assert pair.server.gone
+
+
+@pytest.mark.parametrize("frame", [frames.Ping(1), frames.Streams(100), frames.Hello(1, 1, b"2" * 32)], ids=repr)
+def test_nothing_but_resume_follows_the_intent(frame):
+    pair = resumable()
+    newcomer = Newcomer(pair.server)
+    hello = Hello(1, 1, b"c" * 32, {int(HelloTLV.RESUME_INTENT): b""}).encode()
+    newcomer.mux.receive(hello + frame.encode(), pair.now)
+    assert newcomer.error.code == Code.PROTOCOL
+
+
+def test_a_server_has_no_intent():
+    pair = Pair(hello=False)
+    pair.server.inject(Hello(1, 1, b"s" * 32, {int(HelloTLV.RESUME_INTENT): b""}))
+    assert "RESUME_INTENT" in str(pair.client.error)
+
+
+@pytest.mark.parametrize("frame", [frames.Resume(bytes(16), 1, 0, bytes(32)), frames.Resumed(0, bytes(32))], ids=repr)
+def test_resume_in_the_middle_of_a_session(frame):
+    pair = resumable()
+    pair.client.inject(frame)
+    assert pair.server.error.code == Code.PROTOCOL
+
+
+@pytest.mark.parametrize("tlvs", [{11: b"short", 12: bytes(32)}, {11: bytes(16)}, {12: bytes(32)}], ids=str)
+def test_a_ticket_that_is_none(tlvs):
+    with pytest.raises(ProtocolError):
+        Ticket.from_tlvs(tlvs)
+
+
+@pytest.mark.parametrize("features", [(1, 0), (0, 1)])
+def test_both_must_want_it(features):
+    pair = Pair(hello=False)
+    ticket = Ticket(bytes(16), bytes(32))
+    pair.client = Side(pair, "client", SMALL, features=features[0])
+    pair.server = Side(pair, "server", SMALL, features=features[1], ticket=ticket)
+    pair.pump()
+    for side in pair.sides:
+        assert not side.mux.resumption.possible
+        assert side.mux.resumption.replay is None
+
+
+# The client's first words
+
+
+class Attempt:
+    """A Rejoin and what it reports, with a session that was cut."""
+
+    def __init__(self):
+        self.pair = resumable()
+        self.stream, _ = self.pair.open()
+        self.pair.cut()
+        self.rejoin = Rejoin(self.pair.client.mux, self, b"c" * 32)
+        self.failed = []
+        self.succeeded = False
+
+    def output_pending(self):
+        assert self.rejoin.awake
+
+    def rejoined(self):
+        self.succeeded = True
+
+    def rejoin_failed(self, error):
+        self.failed.append(error)
+
+    def receive(self, *frames):
+        data = b"".join(frame if isinstance(frame, bytes) else frame.encode() for frame in frames)
+        return self.rejoin.receive(data, self.pair.now)
+
+
+HELLO = Hello(1, 1, b"s" * 32)
+
+
+def test_hello_in_single_bytes_then_close():
+    attempt = Attempt()
+    assert attempt.rejoin.data_to_send(0).startswith(b"\x40")
+    raw, used = HELLO.encode(), 0
+    for end in range(len(raw) + 1):
+        used += attempt.receive(raw[used:end])
+    assert used == len(raw)
+    assert attempt.rejoin.data_to_send(0).startswith(b"\x41")
+    attempt.receive(b"\x9f\0\0\1\0\0\0\0?", frames.Close(Code.RESUME_REFUSED, "no such session"))
+    (error,) = attempt.failed
+    assert isinstance(error, ResumeRefusedError)
+    assert not attempt.rejoin.awake
+    attempt.rejoin.connection_lost("later")
+    attempt.rejoin.write_blocked(0)
+    attempt.rejoin.write_resumed()
+    assert attempt.failed == [error]
+    assert attempt.pair.client.gone
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ([Hello(2, 3, b"s" * 32)], VersionError),
+        ([HELLO, HELLO], ProtocolError),
+        ([frames.Resumed(0, bytes(32))], ProtocolError),
+        ([HELLO, frames.Resumed(0, bytes(32))], ProtocolError),
+        ([frames.Ping(1)], ProtocolError),
+        ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], ProtocolError),
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_none(answer, kind):
+    attempt = Attempt()
+    attempt.rejoin.data_to_send(0)
+    attempt.receive(*answer)
+    (error,) = attempt.failed
+    assert isinstance(error, kind)
+    assert b"\x47" in attempt.rejoin.data_to_send(0)
+    assert attempt.pair.client.gone and not attempt.succeeded
+
+
+def test_resumed_by_one_who_took_in_what_was_never_sent():
+    attempt = Attempt()
+    attempt.receive(HELLO)
+    ticket = attempt.pair.client.mux.resumption.ticket
+    attempt.receive(frames.Resumed(10**6, ticket.server_mac(1, 10**6, b"c" * 32 + b"s" * 32)))
+    assert isinstance(attempt.failed[0], ProtocolError)
+
+
+def test_an_attempt_that_is_given_up():
+    attempt = Attempt()
+    attempt.rejoin.data_to_send(0)
+    attempt.rejoin.close(Code.IDENTITY, "somebody else")
+    assert attempt.failed[0].code == Code.IDENTITY
+    assert b"somebody else" in attempt.rejoin.data_to_send(0)
+
+
+# Time without a connection
+
+
+def test_streams_that_were_not_accepted_can_be_tried_elsewhere():
+    pair = resumable()
+    early = pair.client.open()
+    early.write(b"ahead of the answer")
+    sent = pair.client.open()
+    pair.client.flush()
+    pair.cut()
+    unsent = pair.client.open()
+    pair.sleep(1.9)
+    assert not early.sink.error and not sent.sink.error and not unsent.sink.error
+    pair.sleep(0.2)
+    for stream, retryable in ((early, False), (sent, True), (unsent, True)):
+        assert isinstance(stream.sink.error, UnreachableError)
+        assert stream.sink.error.retryable is retryable
+    with pytest.raises(UnreachableError):
+        pair.client.open()
+    pair.resume()
+    assert pair.client.open().sink.error is None
+
+
+def test_a_stream_that_fails_takes_another_with_it():
+    pair = resumable()
+    pair.cut()
+    others = []
+    pair.client.open(on={"failed": lambda _: others[0].cancel()})
+    others.append(pair.client.open())
+    pair.sleep(3)
+    assert others[0].sink.is_closed and others[0].sink.error is None
+
+
+def test_streams_opened_in_the_meantime_go_out_when_it_is_back():
+    pair = resumable()
+    pair.cut()
+    stream = pair.client.open()
+    pair.sleep(1, pump=False)
+    pair.resume()
+    assert pair.server.opened[-1].id == stream.id
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_the_grace_is_over(who):
+    pair = resumable()
+    stream, theirs = pair.open()
+    stream.write(b"123")
+    theirs.write(b"4567")
+    pair.pump()
+    pair.cut(notice=[who])
+    pair.sleep(59, pump=False)
+    side, end = (pair.client, stream) if who == "client" else (pair.server, theirs)
+    assert side.error is None
+    pair.sleep(2, pump=False)
+    assert side.error.code == Code.TIMEOUT
+    assert "not resumed within 60 s" in str(side.error)
+    assert {end.sink.error.sent, end.sink.error.received} == {3, 4}
+
+
+def test_a_reset_that_is_owed_is_waited_for_when_the_connection_is_back():
+    pair = resumable()
+    stream, theirs = pair.open()
+    stream.stop()
+    pair.client.flush()
+    pair.client.deliver()
+    pair.server.mux.inbound.acks.due = True
+    ack = frames.Ack(pair.server.mux.inbound.acks.seq)
+    pair.client.mux.receive(ack.encode(), pair.now)
+    pair.cut()
+    pair.sleep(40, pump=False)
+    assert pair.client.error is None
+    pair.resume()
+    pair.sleep(1)
+    assert pair.client.error is None
+    assert theirs.sending.name == "ENDED"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_drained_while_suspended_without_streams(before):
+    pair = resumable()
+    if before:
+        pair.client.mux.drain(60, pair.now)
+    pair.cut(notice=["client"])
+    if not before:
+        pair.client.mux.drain(60, pair.now)
+    assert pair.client.error.code == Code.SHUTDOWN
+    with pytest.raises(SessionClosedError):
+        pair.client.open()
+
+
+def test_drained_while_suspended_with_streams():
+    pair = resumable()
+    stream, theirs = pair.open()
+    pair.cut()
+    pair.client.mux.drain(10, pair.now)
+    pair.sleep(5, pump=False)
+    pair.resume()
+    assert "goaway" in pair.server.kinds
+    theirs.write(b"to the end")
+    theirs.finish()
+    stream.finish()
+    pair.sleep(1)
+    assert bytes(stream.sink.data) == b"to the end"
+    assert pair.client.error.code == Code.SHUTDOWN
+
+
+def test_the_grace_of_a_drain_runs_while_suspended():
+    pair = resumable()
+    stream, _ = pair.open()
+    pair.cut(notice=["client"])
+    pair.client.mux.drain(10, pair.now)
+    pair.sleep(16, pump=False)
+    assert pair.client.error is not None
+    assert stream.sink.is_closed
+
+
+def test_resuming_hears_that_all_a_drain_waited_for_has_arrived():
+    pair = resumable()
+    stream, theirs = pair.open()
+    stream.finish()
+    theirs.finish()
+    pair.pump()
+    pair.client.mux.drain(10, pair.now)
+    pair.client.flush()
+    pair.client.deliver()
+    assert pair.client.error is None
+    pair.server.mux.drain(10, pair.now)
+    pair.cut(notice=["client"])
+    assert pair.client.error is not None
+
+
+def test_silence_suspends():
+    pair = resumable()
+    pair.open()
+    pair.cut(notice=[])
+    pair.sleep(30, pump=False)
+    for side in pair.sides:
+        assert "dead" in side.kinds
+        assert side.gone and side.error is None
+    pair.resume()
+
+
+def test_a_peer_that_is_heard_and_acknowledges_nothing_is_no_broken_connection():
+    pair = resumable()
+    stream, _ = pair.open()
+    stream.write(b"x")
+    pair.client.flush()
+    for _ in range(40):
+        pair.client.wire.clear()
+        pair.client.mux.receive(frames.Credit(stream.id, 1).encode(), pair.now)
+        pair.sleep(1, pump=False)
+    assert pair.client.error.code == Code.TIMEOUT
+    assert "dead" not in pair.client.kinds
+
+
+# Parts
+
+
+def test_replay_gives_back_what_was_not_acknowledged():
+    replay = Replay()
+    replay.keep(b"..abc", 2)
+    replay.keep(b"defg", 0)
+    assert replay.sent == 7
+    assert list(replay.rest(0)) == [b"abc", b"defg"]
+    assert list(replay.rest(2)) == [b"c", b"defg"]
+    replay.release(3)
+    assert list(replay.rest(3)) == [b"defg"]
+    replay.release(6)
+    assert list(replay.rest(6)) == [b"g"]
+    replay.release(7)
+    assert list(replay.rest(7)) == []
+
+
+def test_a_server_without_tickets_refuses():
+    pair = Pair()
+    server = pair.server
+    newcomer = Newcomer(server)
+    hello = Hello(1, 1, b"c" * 32, {int(HelloTLV.RESUME_INTENT): b""})
+    newcomer.mux.receive(hello.encode(), pair.now)
+    newcomer.mux.receive(frames.Resume(bytes(16), 1, 0, bytes(32)).encode(), pair.now)
+    assert newcomer.error.code == Code.RESUME_REFUSED
+
+
+def test_early_data_of_a_client_survives_the_loss():
+    """Sent within the floors, before the client knew whether the server keeps sessions at all."""
+    pair = resumable(hello=False)
+    stream = pair.client.open()
+    stream.write(b"early")
+    pair.client.flush()
+    pair.client.deliver()
+    pair.server.flush()
+    pair.server.deliver()
+    assert pair.client.mux.resumption.possible
+    pair.cut()
+    pair.resume()
+    pair.server.opened[0].accept()
+    pair.pump()
+    assert bytes(pair.server.opened[0].sink.data) == b"early"
