@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -226,20 +227,20 @@ class Worker(Endpoint):
         peer = f"the control plane at {format_hostport(*address)}"
         loop = asyncio.get_running_loop()
         backoff = Backoff(last=LAST_RESUMING)
-        since = loop.time()
+        since = -math.inf
         strangers = 0
         while True:
             await self._changes.wait_for(lambda: session.suspended)
-            if loop.time() - since > CALM:
-                backoff.reset()
-            elif not backoff.fresh:
-                # The last connection broke soon: whatever breaks them need not break a thousand a minute.
+            if not backoff.fresh or loop.time() - since < CALM:
+                # After a connection that broke soon, a moment: what breaks them need not break thousands a minute. Only
+                # attempts that fail make it longer, for streams have 2 s to be accepted on a path that comes and goes.
                 await asyncio.sleep(backoff.next())
             backoff.fresh = False
             try:
                 sock = await self._dial(address, peer)
                 await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
                 since = loop.time()
+                backoff.reset()
             except ResumeRefusedError as error:
                 logger.warning("%s no longer knows the session; starting afresh (%s)", peer, error)
             except KonnektorError as error:

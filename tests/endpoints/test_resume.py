@@ -20,7 +20,7 @@ from konnektor.frames import Feature
 from konnektor.handshake import with_alerts
 from konnektor.session import Session
 from konnektor.testing import memory_session_pair
-from konnektor.worker import Worker
+from konnektor.worker import Backoff, Worker
 from tests.endpoints.parts import PATIENCE, black_hole, connection, proxied, target, until
 
 BLOB = random.Random(0).randbytes(1_000_000)
@@ -266,6 +266,26 @@ async def test_cut_between_resume_and_resumed(certs, monkeypatch, heard):
         t.proxy.cut()
         await until(lambda: cuts and t.client.stats().resumed == 1 and not t.client.suspended)
         assert t.session.stats().resumed == 1 + heard
+        await echoes(stream)
+
+
+async def test_attempts_that_fail_are_not_repeated_at_once(certs, monkeypatch):
+    """However long the session was up before: a control plane that is down must not make the worker spin."""
+    monkeypatch.setattr("konnektor.worker.CALM", 0.0)
+    waits = []
+    honest = Backoff.next
+
+    def next_(backoff):
+        waits.append(honest(backoff))
+        return waits[-1]
+
+    monkeypatch.setattr(Backoff, "next", next_)
+    async with target() as echo, proxied(certs) as t, await t.session.open_tcp("127.0.0.1", echo.port) as stream:
+        await suspended(t)
+        await until(lambda: len(waits) >= 3)
+        assert waits == sorted(waits)  # ever longer
+        t.proxy.admit()
+        await going_on(t)
         await echoes(stream)
 
 
