@@ -33,6 +33,11 @@ GROWTH = 96.0
 """MB by which an endpoint may grow: replay buffers (16), receive pools (64), and what the allocator keeps."""
 CHUNK = 64 * 1024
 BLOB = random.Random(0).randbytes(1 << 20)
+OUTAGE = 0.3
+"""Seconds without a connection after which there are no more faults until there is one: streams that were not accepted yet
+fail after 2 s, as they should."""
+HANDSHAKE = 5_000
+"""Bytes in either direction: more than TLS and resuming take."""
 LONG_SILENCE = 45.0
 """Seconds: more than liveness takes to find out."""
 
@@ -213,8 +218,14 @@ async def break_again_and_again(
     proxy: FaultProxy, outcome: Outcome, cuts: int, rng: random.Random, silences: int
 ) -> None:
     """Any fault at any moment, until there were so many cuts; ``silences`` of them are left for liveness to find."""
+    whole_at = time.monotonic()
     while cuts_of(proxy) < cuts:
         await asyncio.sleep(rng.choice((rng.uniform(0, 0.02), rng.uniform(0, 0.4))))
+        if whole(proxy):
+            whole_at = time.monotonic()
+        elif time.monotonic() - whole_at > OUTAGE:
+            heal(proxy)
+            continue
         side = rng.choice(("client", "target"))
         match rng.choice(
             ("cut", "cut", "one first", "after", "close", "half open", "again", "refuse", "delay", "drip")
@@ -239,6 +250,7 @@ async def break_again_and_again(
                 proxy.refuse()
                 proxy.cut()
                 await asyncio.sleep(rng.uniform(0, 0.3))
+                proxy.admit()
             case "delay":
                 proxy.delay(rng.uniform(0, 0.03), to=side)
             case "drip":
@@ -258,6 +270,11 @@ async def break_again_and_again(
             outcome.wrong.append("a silent connection was not found")
         await asyncio.sleep(1)
         heal(proxy)
+
+
+def whole(proxy: FaultProxy) -> bool:
+    """Whether there is a connection that has got beyond its handshake."""
+    return any(min(each.delivered("client"), each.delivered("target")) > HANDSHAKE for each in proxy)
 
 
 def cuts_of(proxy: FaultProxy) -> int:
