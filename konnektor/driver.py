@@ -2,7 +2,7 @@
 
 Reading: the transport fills a shared buffer, the multiplexer parses it in place, and only the beginning
 of a frame that is not all there is kept. Writing: what one turn of the loop produces is joined into one
-``transport.write`` (64 KiB at a time), and nothing is pulled while the transport is full: data waits where
+``transport.write`` (256 KiB at a time), and nothing is pulled while the transport is full: data waits where
 the scheduler can still choose. One timer serves every deadline; it belongs to the session, which may outlive its
 connection.
 """

@@ -107,7 +107,7 @@ class SessionStats:
 
     Attributes:
         streams: open now.
-        bytes_sent, bytes_received: of frames, below TLS, on the connection there is.
+        bytes_sent, bytes_received: of frames, below TLS, on all its connections.
         rtt: smoothed round trip; 0 before it was measured.
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
