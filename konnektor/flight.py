@@ -145,7 +145,7 @@ class Flight:
     @property
     def footprint(self) -> int:
         """Bytes of memory that unacknowledged frames take, about: tiny ones cost more than they weigh."""
-        return self.sequenced + BATCH_COST * len(self._batches)
+        return self.in_flight - self.unreported - self._reporting + BATCH_COST * len(self._batches)
 
     @property
     def report_wanted(self) -> bool:

@@ -329,6 +329,7 @@ class Mux:
             self._drain_on(now)
         parts: list[Buffer] = []
         self._awake = False
+        replay = self.resumption.replay
         sequenced = self.flight.sequenced
         if self.error is None:
             # What sinks add meanwhile needs no call of output_pending: whoever called is asked to come again.
@@ -347,7 +348,6 @@ class Mux:
                 parts.append(self._close_frame)
                 self._close_frame = None
         data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-        replay = self.resumption.replay
         if replay is not None and (new := self.flight.sequenced - sequenced):
             lossy = frozenset(self.outbound.lossy)
             kept = b"".join(part for at, part in enumerate(parts) if at not in lossy) if lossy else data

@@ -90,27 +90,30 @@ class Outbound:
     def render(self, parts: list[Buffer], max_bytes: int, now: float) -> bool:
         """Appends about ``max_bytes`` of frames to ``parts``; True if there is more."""
         mux = self._mux
-        self.lossy = []
+        resumption, flight = mux.resumption, mux.flight
+        if self.lossy:
+            self.lossy.clear()
         if not mux.may_speak:
             return False
-        size = self._hello(parts)
-        if mux.resumption.rejoining:
+        size = 0 if self._hello_sent else self._hello(parts)
+        if resumption.rejoining:
             return False
-        if mux.resumption.greeting:
-            parts.append(mux.resumption.greeting)
-            mux.resumption.greeting = b""
+        if resumption.greeting:
+            parts.append(resumption.greeting)
+            resumption.greeting = b""
         # What is not sequenced stands first in its batch: the rest of it, but datagrams, is what is kept to be sent again.
-        size += self._unsequenced(parts, now)
+        if mux.inbound.pong is not None or mux.inbound.acks.due or mux.liveness.ping_due or flight.unreported:
+            size += self._unsequenced(parts, now)
         sequenced_from = len(parts)
-        flight = mux.flight
-        if mux.resumption.replaying:
-            parts.append(mux.resumption.replaying.popleft())
+        if resumption.replaying:
+            parts.append(resumption.replaying.popleft())
             return True
-        if mux.resumption.replay is not None and flight.footprint >= mux.limits.replay_buffer:
+        if resumption.replay is not None and flight.footprint >= mux.limits.replay_buffer:
             # Full, it blocks; it never trims.
             return False
         sent_before = flight.sent
-        size += self._session_control(parts, now)
+        if self.streams_due or mux.leaving.goaway_due:
+            size += self._session_control(parts, now)
         # Beyond its quarter control waits for the next batch, so that no flood of it starves the data.
         budget = size + (max_bytes >> 2)
         control, opens = mux.control, mux.opens
@@ -129,9 +132,7 @@ class Outbound:
         return more
 
     def _hello(self, parts: list[Buffer]) -> int:
-        """HELLO, if it was not sent yet."""
-        if self._hello_sent:
-            return 0
+        """HELLO, once."""
         self._hello_sent = True
         nonce = self._mux.nonce
         tlvs = self._mux.settings.to_tlvs()
