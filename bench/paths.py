@@ -26,8 +26,9 @@ from typing import NamedTuple, cast
 
 import konnektor as kk
 from konnektor import pki, runtime
+from konnektor.handlers import Handlers
 from konnektor.limits import MIB, parse_size
-from konnektor.session import Handlers, Session
+from konnektor.session import Session
 from konnektor.stream_types import StreamType
 from konnektor.testing import delaying_relay
 

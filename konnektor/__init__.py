@@ -41,10 +41,12 @@ from konnektor.errors import (
     UnsupportedError,
     VersionError,
 )
+from konnektor.handlers import Handlers
 from konnektor.limits import Limits
+from konnektor.listener import StreamListener
 from konnektor.policy import AllowRule, parse_allow, tcp, udp
 from konnektor.relay import relay
-from konnektor.session import Handlers, Session, SessionStats, StreamListener
+from konnektor.session import Session, SessionStats
 from konnektor.splice import splice
 from konnektor.stream import Stream, StreamAttribute
 from konnektor.stream_types import StreamType, Tcp, Udp

@@ -13,10 +13,11 @@ from anyio.lowlevel import checkpoint
 
 from konnektor.changes import Changes
 from konnektor.errors import CertificateError, Code, ConfigurationError
+from konnektor.handlers import Handlers
 from konnektor.limits import Limits
 from konnektor.policy import AllowList
 from konnektor.reloading import ReloadingContext
-from konnektor.session import Handlers, Session
+from konnektor.session import Session
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.targets import Targets

@@ -9,14 +9,11 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final, Generic, Self, TypeVar
-
-import anyio
-import anyio.abc
+from typing import Any, Final, Self, TypeVar
 
 from konnektor.addresses import format_hostport
 from konnektor.driver import Alarm, Driver, clock
@@ -36,8 +33,10 @@ from konnektor.errors import (
     describe,
 )
 from konnektor.frames import Feature, Resume
+from konnektor.handlers import Handlers, StreamHandler
 from konnektor.handshake import explain
 from konnektor.limits import Limits
+from konnektor.listener import StreamListener
 from konnektor.mux import Mux, MuxStream, Role, Sink
 from konnektor.reconnection import Reconnection
 from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
@@ -47,11 +46,10 @@ from konnektor.stream import Inbox, Stream
 from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.transport import StreamTransport
 
-__all__ = ["Handlers", "Session", "SessionStats", "StreamHandler", "StreamListener"]
+__all__ = ["Session", "SessionStats"]
 
 T = TypeVar("T", bound=StreamType)
 P = TypeVar("P", bound=asyncio.BaseProtocol)
-StreamHandler = Callable[[Stream, Any], Awaitable[None]]
 
 SOFTWARE: Final = f"konnektor/{version('konnektor-tunnel')}"
 INSTANCE: Final = os.urandom(16)
@@ -66,39 +64,6 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
         return f"[{(self.extra or {})['session']}] {msg}", kwargs
-
-
-class Handlers:
-    """Which stream types a side takes, and what serves them.
-
-    A peer's OPEN of any other type is refused with UNSUPPORTED: nothing is open by default.
-    """
-
-    def __init__(self) -> None:
-        self._handlers: dict[str, tuple[type[StreamType], StreamHandler]] = {}
-
-    def add(self, request: type[T], handler: Callable[[Stream, T], Awaitable[None]]) -> None:
-        """Serves streams of a type.
-
-        The handler gets the stream and the request, and must ``accept`` or ``reject``. It runs in a task of
-        the session's, cancelled when the opener gives up before an answer, or the session ends.
-
-        Raises:
-            ConfigurationError: the type's name is not one.
-            LocalProtocolError: the type has a handler.
-        """
-        request.check()
-        if request.name in self._handlers:
-            raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
-        self._handlers[request.name] = (request, handler)
-
-    def remove(self, request: type[StreamType]) -> None:
-        """Serves the type no more."""
-        self._handlers.pop(request.name, None)
-
-    def get(self, name: str) -> tuple[type[StreamType], StreamHandler] | None:
-        """The type and handler of that name."""
-        return self._handlers.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -785,69 +750,3 @@ class Session:
                 else:
                     stream.close()
                 mux_stream.release()
-
-
-class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
-    """An anyio listener for one session's streams of one type; made by ``Session.listen``.
-
-    Every stream is accepted; where that is to be decided, use a handler.
-    """
-
-    def __init__(self, session: Session, request: type[T]) -> None:
-        self._session = session
-        self._name = request.name
-        self._put, self._get = anyio.create_memory_object_stream[tuple[Stream, anyio.Event]]()
-        self.entry: Final[tuple[type[StreamType], StreamHandler]] = (request, self._take)
-
-    async def _take(self, stream: Stream, _request: T) -> None:
-        done = anyio.Event()
-        try:
-            await self._put.send((stream, done))
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
-            await stream.reject(Code.UNSUPPORTED, "no longer served")
-        else:
-            await done.wait()
-
-    async def serve(self, handler: Callable[[Stream], Any], task_group: anyio.abc.TaskGroup | None = None) -> None:
-        """Accepts every stream of the type and runs ``handler(stream)`` for it.
-
-        Returns after ``aclose`` or the end of the session, when its handlers have ended; cancelling is safe. A
-        handler that raises resets its stream, and the error goes to the task group.
-
-        Args:
-            task_group: runs the handlers; one of its own if None.
-        """
-
-        async def run(stream: Stream, done: anyio.Event) -> None:
-            try:
-                try:
-                    await stream.accept()
-                except PeerError as error:
-                    # The opener gave up: nothing that the other streams' handlers should suffer for.
-                    self._session.log.info("%s stream %d: %s", self._name, stream.id, error)
-                    return
-                await handler(stream)
-            except BaseException:
-                stream.reset()
-                raise
-            finally:
-                done.set()
-
-        async with AsyncExitStack() as stack:
-            group = task_group
-            if group is None:
-                group = await stack.enter_async_context(anyio.create_task_group())
-            with contextlib.suppress(anyio.ClosedResourceError):
-                async for stream, done in self._get:
-                    group.start_soon(run, stream, done)
-
-    def close(self) -> None:
-        """``aclose`` for callers that are not coroutines."""
-        if self._session._listeners.get(self._name) is self:
-            del self._session._listeners[self._name]
-        self._put.close()
-        self._get.close()
-
-    async def aclose(self) -> None:
-        """Serves the type no more; streams that are open go on."""
-        self.close()

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 
 import anyio
 
+from konnektor.handlers import Handlers
 from konnektor.limits import Limits
-from konnektor.session import Handlers, Session
+from konnektor.session import Session
 
 __all__ = ["memory_session_pair"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class ProxyStats:
     faults: Mapping[str, int]
 
 
-class _Faults:
+class _Faults(ABC):
     """What can be done to a connection, and so to all connections of a proxy.
 
     Methods take effect at once, never wait, and are to be called from the event loop's thread. ``to`` is the side
@@ -55,8 +56,8 @@ class _Faults:
 
     __slots__ = ()
 
-    def _each(self) -> Collection[ProxiedConnection]:
-        raise NotImplementedError
+    @abstractmethod
+    def _each(self) -> Collection[ProxiedConnection]: ...
 
     def _hit_links(self, fault: str, to: Side | None) -> Iterator[Link]:
         sides = _sides(to)

@@ -538,6 +538,8 @@ async def test_pending_streams_are_accepted_when_the_connection_is_back_soon(cer
             async with await opening as stream:
                 await stream.send(b"x")
         await going_on(t)
+        assert len(streams) == 2
+        assert t.session.stats().resumed == 1
 
 
 async def test_pending_streams_fail_when_it_is_not_so_that_they_can_be_tried_elsewhere(certs):

@@ -419,6 +419,7 @@ async def test_a_refused_target_is_asked_again(certs, caplog, monkeypatch):
             for count in (1, 2):
                 client.send(b"x")
                 await until(lambda: len(refusals(caplog)) == count)  # noqa: B023 - awaited here
+        assert all("node-1/127.0.0.1:53" in line for line in refusals(caplog))
 
 
 async def test_no_such_worker(certs, caplog):
@@ -428,6 +429,8 @@ async def test_no_such_worker(certs, caplog):
             client.send(b"x")
             await until(lambda: "worker node-2 is not connected" in caplog.text)
             client.send(b"x")
+            await t.session.ping()
+        assert t.session.stats().datagrams_sent == 0 and t.session.stream_count == 0
 
 
 async def test_the_session_breaks_and_the_next_packet_finds_the_new_one(certs):

@@ -377,6 +377,7 @@ async def test_drain_when_the_control_plane_is_gone_meanwhile(certs):
         await until(lambda: t.session.draining)
         t.session.abort()
         await draining
+        assert stream.session.closed and not t.worker.sessions and not t.worker._tasks
         await stream.aclose()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from konnektor.errors import CalmError, Code
 from konnektor.frames import Datagram, Ping
-from konnektor.session import Handlers
+from konnektor.handlers import Handlers
 from tests.session.pairs import DEADLINE, Echo, echo, socket_session_pair
 
 CRUMBS = Datagram(99, 0, b"").encode() * 30_000

@@ -7,7 +7,7 @@ import pytest
 
 import konnektor as kk
 from konnektor.errors import LocalProtocolError
-from konnektor.session import Handlers
+from konnektor.handlers import Handlers
 from tests.session.check_stream import exactly, until_end
 from tests.session.pairs import Echo, at_rest, echo, memory_session_pair, until
 

@@ -7,8 +7,9 @@ import pytest
 
 import konnektor as kk
 from konnektor import errors
+from konnektor.handlers import Handlers
 from konnektor.limits import MIB
-from konnektor.session import Handlers, Session
+from konnektor.session import Session
 from tests.session.check_stream import exactly
 from tests.session.pairs import (
     Echo,

@@ -9,7 +9,7 @@ import pytest
 import konnektor as kk
 from konnektor import errors
 from konnektor.errors import ConfigurationError, LocalProtocolError, StreamClosedError
-from konnektor.session import Handlers
+from konnektor.handlers import Handlers
 from konnektor.stream_types import StreamType, Tcp
 from tests.session.check_stream import until_end
 from tests.session.pairs import Echo, Exchange, at_rest, echo, memory_session_pair, socket_session_pair, until
