@@ -1,8 +1,8 @@
 """The asyncio driver: one connection, one multiplexer, and nothing else.
 
 Reading: the transport fills a shared buffer, the multiplexer parses it in place, and only the beginning
-of a frame that is not all there is kept. Writing: what one turn of the loop produces is joined into one
-``transport.write`` (256 KiB at a time), and nothing is pulled while the transport is full: data waits where
+of a frame that is not all there is kept. Writing: what one turn of the loop produces goes into one
+write (256 KiB at a time), and nothing is pulled while the transport is full: data waits where
 the scheduler can still choose. One timer serves every deadline; it belongs to the session, which may outlive its
 connection.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 from konnektor.errors import Code, SessionError
+from konnektor.frames import Buffer
 from konnektor.scratch import Scratch, scratch
 
 __all__ = ["Alarm", "Driver", "Machine", "clock"]
@@ -39,7 +40,7 @@ class Machine(Protocol):
 
     @property
     def awake(self) -> bool:
-        """Whether ``data_to_send`` has something."""
+        """Whether ``chunks_to_send`` has something."""
 
     @property
     def error(self) -> SessionError | None:
@@ -56,8 +57,8 @@ class Machine(Protocol):
     def receive(self, data: memoryview, now: float, /) -> int:
         """Takes in whole frames; returns how many bytes that were."""
 
-    def data_to_send(self, now: float, /) -> bytes:
-        """What to write next."""
+    def chunks_to_send(self, now: float, /) -> list[Buffer]:
+        """What to write next, in as many buffers as is cheap."""
 
     def write_blocked(self, now: float, /) -> None:
         """The transport takes no more."""
@@ -182,10 +183,13 @@ class Driver(asyncio.BufferedProtocol):
             return
         try:
             while mux.awake and not self._paused:
-                data = mux.data_to_send(clock())
-                if not data:
+                chunks = mux.chunks_to_send(clock())
+                if not chunks:
                     break
-                transport.write(data)
+                if len(chunks) == 1:
+                    transport.write(chunks[0])
+                else:
+                    transport.writelines(chunks)
         except Exception as error:  # noqa: BLE001
             self.fail(error)
 

@@ -1,7 +1,7 @@
 """The multiplexer: many streams over one connection, as a machine without I/O or clock.
 
 Theory of operation. ``Mux.receive`` parses what the connection delivered, in place, and calls sinks;
-``Mux.data_to_send`` renders what should be written next. Both sides of a session run the same code.
+``Mux.data_to_send`` renders what should be written next (``chunks_to_send``, for those who can write several buffers at once). Both sides of a session run the same code.
 Three rules prevent most of what goes wrong in multiplexers: receiving never waits for a stream;
 control is *state rendered at write time* (the latest credit, one PONG, one ACK), never a queue of replies;
 every wait has a deadline (``next_deadline`` and ``handle_timeout``).
@@ -48,7 +48,7 @@ from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
 from konnektor.mux_stream import DatagramSink, MuxStream, Sink
-from konnektor.outbound import BATCH, PAYLOAD, Outbound
+from konnektor.outbound import BATCH, PAYLOAD, Outbound, joined
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
@@ -325,12 +325,17 @@ class Mux:
 
     def data_to_send(self, now: float, max_bytes: int = BATCH) -> bytes:
         """What to write next, scheduled and joined; empty if there is nothing (see ``awake``)."""
+        return b"".join(self.chunks_to_send(now, max_bytes))
+
+    def chunks_to_send(self, now: float, max_bytes: int = BATCH) -> list[Buffer]:
+        """``data_to_send`` in pieces, none of them empty: large payloads are not copied."""
         if self.leaving.begun:
             self._drain_on(now)
         parts: list[Buffer] = []
         self._awake = False
         replay = self.resumption.replay
-        sequenced = self.flight.sequenced
+        flight = self.flight
+        sequenced = flight.sequenced
         if self.error is None:
             # What sinks add meanwhile needs no call of output_pending: whoever called is asked to come again.
             self._rendering = True
@@ -347,13 +352,15 @@ class Mux:
                 # Perhaps the first frame, too: whoever is refused gets a CLOSE in place of HELLO.
                 parts.append(self._close_frame)
                 self._close_frame = None
-        data = parts[0] if len(parts) == 1 and isinstance(parts[0], bytes) else b"".join(parts)
-        if replay is not None and (new := self.flight.sequenced - sequenced):
+        if not parts:
+            return parts
+        chunks = joined(parts)
+        if replay is not None and (new := flight.sequenced - sequenced):
             lossy = frozenset(self.outbound.lossy)
-            kept = b"".join(part for at, part in enumerate(parts) if at not in lossy) if lossy else data
-            replay.keep(kept, len(kept) - new)
-        self.bytes_sent += len(data)
-        return data
+            kept = joined([part for at, part in enumerate(parts) if at not in lossy]) if lossy else chunks
+            replay.keep(kept, new)
+        self.bytes_sent += sum(map(len, chunks))
+        return chunks
 
     def handle_timeout(self, now: float) -> None:
         """Does what is due at ``now``; call at ``next_deadline`` or whenever."""

@@ -35,13 +35,19 @@ from konnektor.states import Event, Receiving, Sending
 if TYPE_CHECKING:
     from konnektor.mux import Mux
 
-__all__ = ["BATCH", "Outbound"]
+__all__ = ["BATCH", "Outbound", "joined"]
 
 _DATAGRAM: Final = int(FrameType.DATAGRAM)
 
 BATCH: Final = 256 * 1024
-"""Bytes of one ``data_to_send``, joined at once and written at once: each write costs a system call and wakes
-the peer, whatever its size. (Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
+"""Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size.
+(Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
+
+RECORD: Final = 16 * 1024
+"""Bytes of a full TLS record."""
+
+LARGE: Final = 2 * RECORD
+"""Payloads from this size on are not copied to be joined with others."""
 
 PAYLOAD: Final = 64 * 1024 - HEADER_SIZE
 """Largest DATA payload sent: with its header it fills four TLS records exactly."""
@@ -51,6 +57,35 @@ FRESH_PAYLOAD: Final = 16 * 1024
 
 MAX_GRACE: Final = 2**32 / 1000
 """Seconds: as long as GOAWAY can say."""
+
+
+def joined(parts: list[Buffer]) -> list[Buffer]:
+    """The same bytes in as few buffers as is cheap: small ones joined, large ones left as they are.
+
+    Each buffer begins a TLS record of its own. So what is joined takes as much of the large one behind it as makes the
+    record full.
+    """
+    if len(parts) == 1 or max(map(len, parts)) < LARGE:
+        return [b"".join(parts)]
+    chunks: list[Buffer] = []
+    small: list[Buffer] = []
+    size = 0
+    for part in parts:
+        if len(part) < LARGE:
+            small.append(part)
+            size += len(part)
+        elif not size:
+            chunks.append(part)
+        else:
+            fill = -size % RECORD
+            view = memoryview(part)
+            small.append(view[:fill])
+            chunks += (b"".join(small), view[fill:])
+            small = []
+            size = 0
+    if size:
+        chunks.append(b"".join(small))
+    return chunks
 
 
 class Outbound:

@@ -86,6 +86,11 @@ class Rejoin:
         outgoing, self._outgoing = self._outgoing, b""
         return outgoing
 
+    def chunks_to_send(self, now: float) -> list[Buffer]:
+        """The same, as ``Mux.chunks_to_send`` has it."""
+        outgoing = self.data_to_send(now)
+        return [outgoing] if outgoing else []
+
     def receive(self, data: Buffer, now: float) -> int:
         """Takes in whole frames, RESUMED at the most; what follows it is the multiplexer's."""
         view = memoryview(data)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hmac
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from struct import Struct
 from typing import Final
 
 from konnektor.errors import ProtocolError
-from konnektor.frames import HelloTLV
+from konnektor.frames import Buffer, HelloTLV
 
 __all__ = ["KEY_SIZE", "SESSION_ID_SIZE", "Replay", "Ticket"]
 
@@ -37,13 +37,13 @@ class Replay:
     __slots__ = ("_batches", "sent")
 
     def __init__(self) -> None:
-        self._batches: deque[tuple[int, bytes, int]] = deque()
+        self._batches: deque[tuple[int, Sequence[Buffer], int]] = deque()
         self.sent = 0
 
-    def keep(self, batch: bytes, start: int) -> None:
-        """A batch goes out, whose sequenced frames are what stands from ``start`` on."""
-        self.sent += len(batch) - start
-        self._batches.append((self.sent, batch, start))
+    def keep(self, batch: Sequence[Buffer], size: int) -> None:
+        """A batch goes out, whose sequenced frames are its last ``size`` bytes."""
+        self.sent += size
+        self._batches.append((self.sent, batch, size))
 
     def release(self, acked: int) -> None:
         """The peer has taken in ``acked`` bytes in all."""
@@ -54,9 +54,9 @@ class Replay:
     def rest(self, acked: int) -> deque[bytes]:
         """What is to be sent again: whole frames, in order."""
         parts: deque[bytes] = deque()
-        for end, batch, start in self._batches:
-            begin = end - (len(batch) - start)
-            parts.append(batch[start + max(0, acked - begin) :])
+        for end, batch, size in self._batches:
+            data = b"".join(batch)
+            parts.append(data[len(data) - max(0, min(size, end - acked)) :])
         return parts
 
 

@@ -11,16 +11,20 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from typing import Any, Final, cast
 
 __all__ = ["SocketTransport"]
 
-READS_A_TURN: Final = 1
-"""Full buffers read before the loop sees to others."""
+READ_SIZE: Final = 256 * 1024
+"""Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
+
+ASK_AFTER: Final = 0.25
+"""Seconds after which a socket that was read is asked whether it has been reset since."""
 
 
 class SocketTransport(asyncio.Transport):
-    """A connected, non-blocking stream socket as an asyncio transport for a ``BufferedProtocol``.
+    """A connected, non-blocking stream socket as an asyncio transport.
 
     Differs from the loops' own in that ``write`` does not keep ``data``, and ``pause_writing`` is called as soon
     as the socket does not take everything: its buffer in the kernel is the only one that is meant to be used.
@@ -30,53 +34,84 @@ class SocketTransport(asyncio.Transport):
         protocol: gets ``connection_made`` before the constructor returns.
     """
 
-    __slots__ = ("_buffer", "_closing", "_eof", "_loop", "_lost", "_protocol", "_reading", "_sock")
+    __slots__ = (
+        "_buffer",
+        "_buffered",
+        "_closing",
+        "_eof",
+        "_loop",
+        "_lost",
+        "_protocol",
+        "_reading",
+        "_resets",
+        "_sock",
+        "_watched",
+    )
 
-    def __init__(self, sock: socket.socket, protocol: asyncio.BufferedProtocol) -> None:
+    def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         # Not super().__init__(), which makes a dict for each.
         self._loop = asyncio.get_running_loop()
+        self._resets = _local.resets_of(self._loop)
         self._sock = sock
-        self._protocol = protocol
+        self.set_protocol(protocol)
         self._buffer: bytearray | None = None
         self._reading = True
+        self._watched = False
         self._closing = False
         self._eof = False
         self._lost = False
         protocol.connection_made(self)
         if self._reading and not self._closing:
-            self._loop.add_reader(sock.fileno(), self._readable)
+            self._watch()
 
     # Reading
 
     def _readable(self) -> None:
-        sock = self._sock
-        for _ in range(READS_A_TURN):
-            protocol = self._protocol
-            buffer = cast(memoryview, protocol.get_buffer(-1))
-            try:
-                count = sock.recv_into(buffer)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                self._break(error)
-                return
-            if not count:
-                self._stop_reading()
-                if not protocol.eof_received():
-                    self.close()
-                return
-            protocol.buffer_updated(count)
-            if not self._reading or self._closing:
-                return
-            if count < len(buffer):
-                break
-        # uvloop tells of a reset once, and never again: if it was in the same breath as data, that was now.
-        if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if not self._reading:
+            # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
+            self._unwatch()
+            return
+        sock, protocol = self._sock, self._protocol
+        try:
+            if self._buffered:
+                data = b""
+                count = sock.recv_into(cast(asyncio.BufferedProtocol, protocol).get_buffer(-1))
+            else:
+                data = sock.recv(READ_SIZE)
+                count = len(data)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._break(error)
+            return
+        if not count:
+            self._reading = False
+            self._unwatch()
+            if not cast(asyncio.Protocol, protocol).eof_received():
+                self.close()
+            return
+        resets = self._resets
+        if not resets.suspects:
+            resets.ask_soon()
+        resets.suspects.add(self)
+        if data:
+            cast(asyncio.Protocol, protocol).data_received(data)
+        else:
+            cast(asyncio.BufferedProtocol, protocol).buffer_updated(count)
+
+    def ask(self) -> None:
+        """Looks whether the socket has been reset."""
+        if not self._closing and (code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
             self._break(OSError(code, os.strerror(code)))
 
-    def _stop_reading(self) -> None:
-        if self._reading:
-            self._reading = False
+    def _watch(self) -> None:
+        if not self._watched:
+            self._watched = True
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._watched = False
             self._loop.remove_reader(self._sock.fileno())
 
     def is_reading(self) -> bool:
@@ -84,12 +119,12 @@ class SocketTransport(asyncio.Transport):
 
     def pause_reading(self) -> None:
         if not self._closing:
-            self._stop_reading()
+            self._reading = False
 
     def resume_reading(self) -> None:
         if not self._reading and not self._closing:
             self._reading = True
-            self._loop.add_reader(self._sock.fileno(), self._readable)
+            self._watch()
 
     # Writing
 
@@ -109,7 +144,7 @@ class SocketTransport(asyncio.Transport):
         if count < len(data):
             self._buffer = bytearray(memoryview(data)[count:])
             self._loop.add_writer(self._sock.fileno(), self._writable)
-            self._protocol.pause_writing()
+            cast(asyncio.Protocol, self._protocol).pause_writing()
 
     def _writable(self) -> None:
         buffer = self._buffer
@@ -131,7 +166,7 @@ class SocketTransport(asyncio.Transport):
             return
         if self._eof:
             self._shut_down()
-        self._protocol.resume_writing()
+        cast(asyncio.Protocol, self._protocol).resume_writing()
 
     def can_write_eof(self) -> bool:
         return True
@@ -159,7 +194,8 @@ class SocketTransport(asyncio.Transport):
         if self._closing:
             return
         self._closing = True
-        self._stop_reading()
+        self._reading = False
+        self._unwatch()
         if self._buffer is None:
             self._lose(None)
 
@@ -168,7 +204,8 @@ class SocketTransport(asyncio.Transport):
 
     def _break(self, error: Exception | None) -> None:
         self._closing = True
-        self._stop_reading()
+        self._reading = False
+        self._unwatch()
         if self._buffer is not None:
             self._buffer = None
             self._loop.remove_writer(self._sock.fileno())
@@ -182,8 +219,9 @@ class SocketTransport(asyncio.Transport):
 
     def _finish(self, error: Exception | None) -> None:
         try:
-            self._protocol.connection_lost(error)
+            cast(asyncio.Protocol, self._protocol).connection_lost(error)
         finally:
+            self._resets.suspects.discard(self)
             self._sock.close()
 
     # What it is
@@ -200,5 +238,43 @@ class SocketTransport(asyncio.Transport):
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.BufferedProtocol)
         self._protocol = protocol
+        self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+
+
+class _Resets:
+    """The sockets of a loop that were read of late: asked, a moment later, whether they have been reset since.
+
+    uvloop tells of a reset once, and never again: if that was in the same breath as data, nothing more is heard of the
+    socket. To ask each time would cost a system call for each read.
+    """
+
+    __slots__ = ("_loop", "suspects")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._loop = loop
+        self.suspects: set[SocketTransport] = set()
+
+    def ask_soon(self) -> None:
+        assert self._loop is not None
+        self._loop.call_later(ASK_AFTER, self._ask)
+
+    def _ask(self) -> None:
+        suspects, self.suspects = self.suspects, set()
+        for transport in suspects:
+            transport.ask()
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._resets = _Resets(None)
+
+    def resets_of(self, loop: asyncio.AbstractEventLoop) -> _Resets:
+        """A thread has one loop at a time."""
+        if self._loop is not loop:
+            self._loop, self._resets = loop, _Resets(loop)
+        return self._resets
+
+
+_local = _Local()

@@ -1,7 +1,7 @@
 """Relay between a stream and a TCP or Unix socket by callbacks alone.
 
-No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and
-reads go into a buffer that all connections of the thread share. Backpressure works both ways: the socket is
+No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and what is
+read is not copied again before it is encrypted. Backpressure works both ways: the socket is
 not read while the stream's queue is full, and the peer gets no credit while the socket does not
 take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
 side. A reset on either side becomes a reset on the other. TLS has no half-close: the end of either direction ends
@@ -19,7 +19,6 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.scratch import Scratch, scratch
 from konnektor.socket_transport import SocketTransport
 from konnektor.states import Receiving, Sending
 from konnektor.stream import Inbox, Stream
@@ -217,28 +216,20 @@ class Splice:
             self.on_closed()
 
 
-class _Local(asyncio.BufferedProtocol):
+class _Local(asyncio.Protocol):
     """The socket's protocol; apart from the sink because both have an ``eof_received``."""
 
-    __slots__ = ("_scratch", "_splice")
+    __slots__ = ("_splice",)
 
     def __init__(self, owner: Splice) -> None:
         self._splice = owner
-        self._scratch: Scratch | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio's.
         self._splice.connected(cast("asyncio.Transport", transport))
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        # Kept until it is filled: inside a session's own reading, each call would give another one.
-        shared = self._scratch = scratch()
-        return shared.view[:QUEUE_HIGH]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        shared, self._scratch = self._scratch, None
-        assert shared is not None
-        self._splice.local_data(bytes(shared.view[:nbytes]))
+    def data_received(self, data: bytes) -> None:
+        self._splice.local_data(data)
 
     def eof_received(self) -> bool:
         return self._splice.local_eof()

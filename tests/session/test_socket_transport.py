@@ -161,14 +161,62 @@ async def test_a_buffer_that_is_filled_is_read_again():
         assert [event[1] for event in recorder.events if event[0] == "data"] == [10, 3]
 
 
-@pytest.mark.parametrize("during", ["reading", "writing", "flushing"])
+async def test_a_protocol_without_a_buffer_of_its_own_gets_bytes():
+    class Plain(asyncio.Protocol):
+        def __init__(self):
+            self.received = []
+
+        def data_received(self, data):
+            self.received.append(data)
+
+        def eof_received(self):
+            ended.set_result(None)
+
+    ended = asyncio.get_running_loop().create_future()
+    with joined() as (transport, _recorder, far):
+        plain = Plain()
+        transport.set_protocol(plain)
+        sent = bytes(range(256)) * 400
+        await asyncio.get_running_loop().sock_sendall(far, sent)
+        far.shutdown(socket.SHUT_WR)
+        await ended
+        assert b"".join(plain.received) == sent
+        assert all(type(data) is bytes for data in plain.received)
+        assert transport.is_closing()
+
+
+async def test_reading_that_is_paused_and_resumed_in_one_turn_goes_on():
+    with joined() as (transport, recorder, far):
+        await asyncio.sleep(0)
+        transport.pause_reading()
+        transport.resume_reading()
+        far.send(b"1")
+        await recorder.until("data")
+        transport.pause_reading()
+        far.send(b"2")
+        await asyncio.sleep(0.01)
+        assert recorder.received == b"1"
+        transport.resume_reading()
+        transport.pause_reading()
+        await asyncio.sleep(0.01)
+        assert recorder.received == b"1"
+        transport.resume_reading()
+        async with asyncio.timeout(10):
+            while recorder.received != b"12":
+                recorder.changed.clear()
+                await recorder.changed.wait()
+
+
+@pytest.mark.parametrize("during", ["reading", "reading data", "writing", "flushing"])
 async def test_a_reset_is_reported_once(during):
     with joined(tcp=True) as (transport, recorder, far):
+        if during == "reading data":
+            far.send(b"the last")
         if during == "flushing":
             transport.write(b"x" * 30_000_000)
             assert transport.get_write_buffer_size()
         far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if during != "reading":
+        if during in ("writing", "flushing"):
             transport.pause_reading()
         far.close()
         if during == "writing":

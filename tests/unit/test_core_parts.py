@@ -14,6 +14,7 @@ from konnektor.errors import ProtocolError
 from konnektor.flight import Flight
 from konnektor.frames import MAX_OPENS
 from konnektor.liveness import Liveness
+from konnektor.outbound import LARGE, RECORD, joined
 
 # Admission
 
@@ -443,3 +444,28 @@ def test_rates_are_forgotten_at_clean_pings_only_and_later_than_round_trips():
         deliver(1e3, 3600.0 * (hour + 10))
         pinged(flight, 0.08)
     assert flight.rate == pytest.approx(1e3)
+
+
+# Joining
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 40), st.integers(LARGE - 3, LARGE + 3), st.integers(60_000, 65_536)), min_size=1)
+)
+def test_joined_is_the_same_bytes_in_full_records(sizes):
+    parts = [bytes([n % 251]) * size for n, size in enumerate(sizes)]
+    chunks = joined(list(parts))
+    assert b"".join(chunks) == b"".join(parts)
+    assert all(chunks)
+    large = [part for part in parts if len(part) >= LARGE]
+    assert len(chunks) <= 2 * len(large) + 1
+    copied = [chunk for chunk in chunks if isinstance(chunk, bytes) and not any(chunk is part for part in large)]
+    assert all(len(chunk) % RECORD == 0 for chunk in copied if chunk is not chunks[-1])
+
+
+def test_joined_does_not_copy_what_is_large():
+    header, payload = bytes(8), bytes(65_528)
+    head, rest = joined([header, payload])
+    assert len(head) == RECORD
+    assert isinstance(rest, memoryview) and rest.obj is payload
+    assert joined([payload])[0] is payload

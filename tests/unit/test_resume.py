@@ -542,8 +542,8 @@ def test_a_peer_that_is_heard_and_acknowledges_nothing_is_no_broken_connection()
 
 def test_replay_gives_back_what_was_not_acknowledged():
     replay = Replay()
-    replay.keep(b"..abc", 2)
-    replay.keep(b"defg", 0)
+    replay.keep([b"..abc"], 3)
+    replay.keep([b"de", b"fg"], 4)
     assert replay.sent == 7
     assert list(replay.rest(0)) == [b"abc", b"defg"]
     assert list(replay.rest(2)) == [b"c", b"defg"]
