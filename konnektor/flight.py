@@ -63,7 +63,9 @@ class Flight:
         acked: of these, acknowledged.
         delivered: their bytes.
         in_flight: bytes (headers included) of those between, and of datagrams.
+        rate: bytes per second the path was seen to take, 0 before the first sample.
         rtt: smoothed round trip in seconds, 0 before the first sample.
+        rtt_min: smallest recent round trip in seconds that was no queue of ours, 0 before the first sample.
         unreported: bytes of datagrams since the last PING.
     """
 
@@ -86,7 +88,9 @@ class Flight:
         "acked",
         "delivered",
         "in_flight",
+        "rate",
         "rtt",
+        "rtt_min",
         "sent",
         "unreported",
     )
@@ -114,17 +118,9 @@ class Flight:
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
+        self.rate = 0.0
         self.rtt = 0.0
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second the path was seen to take, 0 before the first sample."""
-        return max(self._rates)
-
-    @property
-    def rtt_min(self) -> float:
-        """Smallest recent round trip in seconds that was no queue of ours, 0 before the first sample."""
-        return min(self._paths, default=0.0)
+        self.rtt_min = 0.0
 
     def on_sent(self, size: int) -> None:
         """One sequenced frame of ``size`` bytes went out."""
@@ -222,7 +218,9 @@ class Flight:
             if min(latest) > LONGER * min(paths) + SLACK_LOOSE:
                 paths.clear()
                 paths.extend(latest)
+            self.rtt_min = min(paths)
             self._rates.append(0.0)
+            self.rate = max(self._rates)
 
     def on_ack(self, seq: int, now: float) -> None:
         """The peer took in ``seq`` frames in all; ``acked <= seq <= sent`` was checked."""
@@ -245,8 +243,9 @@ class Flight:
             elapsed = max(now - acked_at, sent_at - first_sent_at)
             if elapsed > 0:
                 rate = (self.delivered - delivered) / elapsed
-                if not limited or rate > self.rate:
-                    self._rates[-1] = max(self._rates[-1], rate)
+                if (not limited or rate > self.rate) and rate > self._rates[-1]:
+                    self._rates[-1] = rate
+                    self.rate = max(self.rate, rate)
 
     def reconnected(self) -> None:
         """What is in flight goes again, on another path: estimates start anew."""
@@ -258,7 +257,7 @@ class Flight:
         self._ping_clean = self._ping_paused = False
         self._paused_at = None
         self._received = 0
-        self.rtt = 0.0
+        self.rate = self.rtt = self.rtt_min = 0.0
 
     def cap(self, now: float) -> int:
         """How many bytes may be in flight at ``now``."""
@@ -275,3 +274,5 @@ class Flight:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
         assert sum(self._sizes) == self.sequenced
+        assert self.rate == max(self._rates)
+        assert self.rtt_min == min(self._paths, default=0.0)

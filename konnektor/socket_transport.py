@@ -23,9 +23,10 @@ ASK_AFTER: Final = 0.25
 """Seconds after which a socket that was read is asked whether it has been reset since."""
 
 
-class SocketTransport(asyncio.Transport):
-    """A connected, non-blocking stream socket as an asyncio transport.
+class SocketTransport:
+    """A connected, non-blocking stream socket, with the methods of an asyncio transport.
 
+    It is none by inheritance: the base class would make a dict for each, and keep mypyc from making it a native class.
     Differs from the loops' own in that ``write`` does not keep ``data``, and ``pause_writing`` is called as soon
     as the socket does not take everything: its buffer in the kernel is the only one that is meant to be used.
 
@@ -49,7 +50,6 @@ class SocketTransport(asyncio.Transport):
     )
 
     def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
-        # Not super().__init__(), which makes a dict for each.
         self._loop = asyncio.get_running_loop()
         self._resets = _local.resets_of(self._loop)
         self._sock = sock
@@ -60,7 +60,7 @@ class SocketTransport(asyncio.Transport):
         self._closing = False
         self._eof = False
         self._lost = False
-        protocol.connection_made(self)
+        protocol.connection_made(cast(asyncio.Transport, self))
         if self._reading and not self._closing:
             self._watch()
 

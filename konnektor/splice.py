@@ -62,7 +62,7 @@ class Splice:
         self.on_closed = on_closed
         self.on_connected: Callable[[asyncio.Transport], object] | None = None
         self._stream: MuxStream | None = None
-        self.transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | SocketTransport | None = None
         self._paused = False
         self._held = 0
         self._broken = False
@@ -99,7 +99,7 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.write(data if type(transport) is SocketTransport else bytes(data))
+        transport.write(data if isinstance(transport, SocketTransport) else bytes(data))
         if self._paused:
             self._held += size
         else:
@@ -225,7 +225,7 @@ class _Local(asyncio.Protocol):
         self._splice = owner
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports do not derive from asyncio's.
+        # Neither uvloop's nor ours derive from asyncio's.
         self._splice.connected(cast("asyncio.Transport", transport))
 
     def data_received(self, data: bytes) -> None:

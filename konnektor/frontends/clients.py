@@ -48,7 +48,7 @@ class Clients:
         self._opener = opener
         self._session_of = session_of
         self._acceptors: list[Acceptor] = []
-        self._here: set[asyncio.Transport] = set()
+        self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes = Changes()
@@ -123,11 +123,11 @@ class Clients:
         task = self._spawn(self._secure(client, context, sock, f"the client at {format_hostport(*address[:2])}"))
         task.add_done_callback(lambda _: self._forget_unless_up(client, sock))
 
-    def _add(self, client: HttpConnect | ForwardSplice, transport: asyncio.Transport) -> None:
+    def _add(self, client: HttpConnect | ForwardSplice, transport: asyncio.Transport | SocketTransport) -> None:
         self._here.add(transport)
         client.on_closed = partial(self._gone, transport)
 
-    def _gone(self, transport: asyncio.Transport) -> None:
+    def _gone(self, transport: asyncio.Transport | SocketTransport) -> None:
         self._here.discard(transport)
         self._changes.notify()
 

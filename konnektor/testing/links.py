@@ -299,11 +299,10 @@ class Socket(asyncio.BufferedProtocol):
         return sock
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, SocketTransport)
-        self._transport = transport
+        self._transport = own = cast(SocketTransport, transport)
         self.writable = True
         if self._eof_sent:
-            transport.write_eof()
+            own.write_eof()
         self.incoming.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -67,7 +67,7 @@ def test_a_slow_reader_has_a_window_of_its_own_pace():
 
 def test_nothing_is_tuned_before_the_round_trip_is_known():
     pair = Pair()
-    pair.server.mux.flight._paths.clear()
+    pair.server.mux.flight.reconnected()
     ours, theirs = pair.open()
     ours.write(bytes(MIB))
     pair.pump()
