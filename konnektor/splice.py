@@ -28,6 +28,8 @@ __all__ = ["Splice", "splice"]
 QUEUE_HIGH: Final = 4 * PAYLOAD
 """Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
 QUEUE_LOW: Final = 2 * PAYLOAD
+LINGER: Final = 2.0
+"""Seconds that a socket has to take the end of a stream whose other half the peer stopped."""
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -49,6 +51,7 @@ class Splice:
         "_code",
         "_done",
         "_held",
+        "_lingering",
         "_paused",
         "_stream",
         "local",
@@ -67,6 +70,7 @@ class Splice:
         self._held = 0
         self._broken = False
         self._done = False
+        self._lingering = False
         self.local = _Local(self)
 
     # The stream's side
@@ -189,11 +193,25 @@ class Splice:
     # The end
 
     def _close(self) -> None:
-        if self.transport is not None:
-            if not self.transport.is_closing():
-                self.transport.close()
-        else:
+        """The stream has come to its end; the socket closes once that has reached whoever is at this end."""
+        transport, stream = self.transport, self._stream
+        if transport is None:
             self._finish()
+        elif not transport.is_closing():
+            if stream is None or stream.finish_wanted or not transport.can_write_eof():
+                transport.close()
+            elif not self._lingering:
+                # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
+                # connection, and what was sent last may be lost by it: read on, into nothing, until it has been read.
+                self._lingering = True
+                with contextlib.suppress(OSError):  # reset: reading tells
+                    transport.write_eof()
+                transport.resume_reading()
+                asyncio.get_running_loop().call_later(LINGER, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
 
     def break_off(self) -> None:
         """Ends the socket with a RST (a Unix socket knows none and is closed) and the stream with RESET."""
