@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
+import struct
+import termios
 import threading
 from typing import Any, Final, cast
 
@@ -184,6 +187,11 @@ class SocketTransport:
 
     def get_write_buffer_size(self) -> int:
         return len(self._buffer or b"")
+
+    def unacknowledged(self) -> int:
+        """Bytes written that the other end's kernel (of a Unix socket: its program) has not taken yet; a FIN counts as one."""
+        queued = struct.unpack("i", fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]  # SIOCOUTQ, tcp(7)
+        return self.get_write_buffer_size() + cast(int, queued)
 
     # The end
 

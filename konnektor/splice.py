@@ -29,7 +29,9 @@ QUEUE_HIGH: Final = 4 * PAYLOAD
 """Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
 QUEUE_LOW: Final = 2 * PAYLOAD
 LINGER: Final = 2.0
-"""Seconds that a socket has to take the end of a stream whose other half the peer stopped."""
+"""Seconds that a client has to take the end of a stream whose other half the peer stopped."""
+LOOK_AGAIN: Final = 0.02
+"""Seconds after which it is looked again whether it has."""
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -197,21 +199,26 @@ class Splice:
         transport, stream = self.transport, self._stream
         if transport is None:
             self._finish()
-        elif not transport.is_closing():
-            if stream is None or stream.finish_wanted or not transport.can_write_eof():
-                transport.close()
-            elif not self._lingering:
-                # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
-                # connection, and what was sent last may be lost by it: read on, into nothing, until it has been read.
-                self._lingering = True
-                with contextlib.suppress(OSError):  # reset: reading tells
-                    transport.write_eof()
-                transport.resume_reading()
-                asyncio.get_running_loop().call_later(LINGER, self._give_up)
+        elif transport.is_closing() or self._lingering:
+            pass
+        elif stream is None or stream.finish_wanted or not isinstance(transport, SocketTransport):
+            transport.close()
+        else:
+            # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
+            # connection, and what was sent last is lost if it is still on its way: until then, read on, into nothing.
+            self._lingering = True
+            transport.write_eof()
+            transport.resume_reading()
+            self._linger(asyncio.get_running_loop().time() + LINGER)
 
-    def _give_up(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.close()
+    def _linger(self, until: float) -> None:
+        transport = self.transport
+        if isinstance(transport, SocketTransport) and not transport.is_closing():
+            loop = asyncio.get_running_loop()
+            if transport.unacknowledged() and loop.time() < until:
+                loop.call_later(LOOK_AGAIN, self._linger, until)
+            else:
+                transport.close()
 
     def break_off(self) -> None:
         """Ends the socket with a RST (a Unix socket knows none and is closed) and the stream with RESET."""

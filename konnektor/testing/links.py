@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import socket
 import struct
 import sys
-import termios
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -354,12 +352,7 @@ class Socket(asyncio.BufferedProtocol):
 
     def unacknowledged(self) -> int:
         """Bytes written to it that its peer's kernel does not have yet."""
-        transport = self._transport
-        if transport is None:
-            return 0
-        sock = transport.get_extra_info("socket")
-        queued = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]  # SIOCOUTQ, tcp(7)
-        return transport.get_write_buffer_size() + cast(int, queued)
+        return 0 if self._transport is None else self._transport.unacknowledged()
 
     # Its end
 
