@@ -30,6 +30,7 @@ from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
+from konnektor.priorities import PriorityRule
 from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
@@ -100,6 +101,7 @@ class ControlPlane(Endpoint):
         grant_routes: routes that a worker may claim beyond ``host=NAME``: ``NAME=ROUTE``, or (name, route).
         allow_from: what streams of a worker may reach here: ``NAME=HOST:PORTS``, or (name, rule). Nothing, by default.
         limits: of each session.
+        priorities: class and weight of streams by their destination, ``PATTERN=CLASS[:WEIGHT]``; the first that fits.
 
     Raises:
         ConfigurationError: the address, a route or a rule is not one.
@@ -116,6 +118,7 @@ class ControlPlane(Endpoint):
         grant_routes: Iterable[str | tuple[str, Route]] = (),
         allow_from: Iterable[str | tuple[str, AllowRule]] = (),
         limits: Limits | None = None,
+        priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
         self._grants = tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grant_routes)
@@ -124,7 +127,9 @@ class ControlPlane(Endpoint):
             name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
             rules.setdefault(name, []).append(rule)
         allowed = {name: AllowList(of_name) for name, of_name in rules.items()}
-        super().__init__(tls, tls.server_context, lambda session: allowed.get(session.peer_name, _NOTHING), limits)
+        super().__init__(
+            tls, tls.server_context, lambda session: allowed.get(session.peer_name, _NOTHING), limits, priorities
+        )
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
@@ -345,6 +350,7 @@ class ControlPlane(Endpoint):
                 check_peer=lambda session: self._check_peer(session, peer),
                 check_hello=check_hello,
                 find_session=self._resumable.get,
+                classify=self._priorities.of,
             )
         except HandshakeError as error:
             if verdict is None:

@@ -47,7 +47,7 @@ from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, 
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
-from konnektor.mux_stream import DatagramSink, MuxStream, Sink
+from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
 from konnektor.outbound import BATCH, PAYLOAD, Outbound, joined
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
@@ -216,6 +216,7 @@ class Mux:
         *,
         now: float,
         priority: int = 1,
+        weight: int = 1,
         deadline: float | None = None,
         tlvs: Mapping[int, bytes] | None = None,
         datagrams: bool = False,
@@ -231,6 +232,7 @@ class Mux:
             now: the time.
             header: what the stream type puts into its OPEN.
             priority: 0 interactive, 1 default, 2 bulk.
+            weight: among those of its class, 1 to 255.
             deadline: seconds the whole opening may take, at most 300.
             tlvs: more parameters, by ``OpenTLV`` id.
             datagrams: whether the type carries them.
@@ -239,14 +241,13 @@ class Mux:
             SessionClosedError: the session is over or draining.
             UnsupportedError: it is to carry datagrams, and one of the two sides has none.
             StreamError: its connection has been broken for longer than a moment.
-            LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority.
+            LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority or weight.
         """
         if self.error is not None or self.draining:
             raise SessionClosedError("the session is closed" if self.error else "the session is draining")
         if self.resumption.given_up:
             raise unreachable()
-        if priority not in (0, 1, 2):
-            raise LocalProtocolError(f"priority {priority}: there are 0, 1 and 2")
+        check_priority(priority, weight)
         params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
         size = 2 + len(name) + sum(4 + len(value) for value in params.values())
         if not is_type_name(name) or size > MAX_OPEN:
@@ -258,6 +259,7 @@ class Mux:
         stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
         if datagrams:
             stream.carry_datagrams()
+        stream.weight = weight
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
         stream.released = True

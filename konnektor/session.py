@@ -127,6 +127,7 @@ class Session:
         check_peer: Callable[[Session], None] | None = None,
         check_hello: Callable[[Session], None] | None = None,
         find_session: Callable[[bytes], Session | None] | None = None,
+        classify: Callable[[StreamType], tuple[int, int] | None] | None = None,
     ) -> None:
         self.loop: Final = asyncio.get_running_loop()
         self.number = next(_numbers)
@@ -146,6 +147,7 @@ class Session:
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._lost_reason: Exception | None = None
         self._find_session = find_session
+        self._classify = classify
         self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
         self.on_suspended: Callable[[Session], None] | None = None
@@ -307,21 +309,24 @@ class Session:
         early: bool = False,
         deadline: float | None = None,
         priority: int | None = None,
+        weight: int | None = None,
     ) -> Stream:
         """Opens a stream, and waits until the peer accepts it. Cancelling withdraws the request.
 
         Args:
             early: return at once; data may be sent before the peer's answer, and a refusal breaks the stream.
             deadline: seconds that the peer may take, ``Limits.open_deadline`` by default.
-            priority: class 0 interactive, 1 default, 2 bulk; the type's own by default.
+            priority: class 0 interactive, 1 default, 2 bulk; by the endpoint's rules, or the type's own, by default.
+            weight: of its class's share, compared with others of that class, 1 to 255; 1 by default.
 
         Raises:
+            LocalProtocolError: there is no such class or weight.
             StreamError: the peer refused; one class per reason.
             SessionClosedError: the session is over or draining.
             SessionLost: the session ended while waiting.
         """
         inbox = Inbox()
-        mux_stream = self.open_sink(request, inbox, deadline=deadline, priority=priority)
+        mux_stream = self.open_sink(request, inbox, deadline=deadline, priority=priority, weight=weight)
         stream = Stream(self, mux_stream, inbox, request)
         if not early:
             try:
@@ -346,18 +351,30 @@ class Session:
         return await self.open(Udp(host, port), **kwargs)
 
     def open_sink(
-        self, request: StreamType, sink: Sink, *, deadline: float | None = None, priority: int | None = None
+        self,
+        request: StreamType,
+        sink: Sink,
+        *,
+        deadline: float | None = None,
+        priority: int | None = None,
+        weight: int | None = None,
     ) -> MuxStream:
         """Opens a stream whose events go to a sink of yours, without waiting; for relays like ``Splice``."""
-        return self._mux.open(
+        rule = self._classify(request) if self._classify is not None and priority is None and weight is None else None
+        if rule is not None:
+            priority, weight = rule
+        stream = self._mux.open(
             request.name,
             request.encode(),
             sink,
             now=clock(),
             priority=request.priority if priority is None else priority,
+            weight=1 if weight is None else weight,
             deadline=deadline,
             datagrams=request.datagrams,
         )
+        stream.pinned = rule is not None
+        return stream
 
     async def create_connection(
         self, protocol_factory: Callable[[], P], host: str, port: int, **kwargs: Any
@@ -661,6 +678,8 @@ class Session:
                 mux_stream.release()
                 return
             mux_stream.carry_datagrams()
+        if self._classify is not None and (rule := self._classify(request)) is not None:
+            mux_stream.pin(*rule)
         inbox = Inbox()
         mux_stream.sink = inbox
         stream = Stream(self, mux_stream, inbox, request)

@@ -80,7 +80,12 @@ def control_plane(
 
     async def main() -> int:
         endpoint = ControlPlane(
-            listen, tls=common.tls, grant_routes=grants, allow_from=allow_from, limits=common.limits
+            listen,
+            tls=common.tls,
+            grant_routes=grants,
+            allow_from=allow_from,
+            limits=common.limits,
+            priorities=common.priorities,
         )
 
         async def life() -> None:
