@@ -44,6 +44,8 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
+SESSIONS: Final = 8
+"""Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
 """Sessions of one worker that may wait for another connection at a time; the oldest goes first."""
 HANDSHAKES: Final = 512
@@ -139,6 +141,8 @@ class ControlPlane(Endpoint):
         )
         self._resumable: dict[bytes, Session] = {}
         self._workers: dict[str, Session] = {}
+        self._of: dict[str, list[Session]] = {}
+        """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
         self._router = Router(load=self._load)
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -366,34 +370,32 @@ class ControlPlane(Endpoint):
 
     def _check_hello(self, session: Session) -> str:
         """The worker has introduced itself: is its name free? Takes it on, or returns why not, for the log."""
-        name, settings = session.peer_name, session.peer_settings
+        name, settings, here = session.peer_name, session.peer_settings, _where(session)
         assert settings is not None
         old = self._workers.get(name)
         if old is not None:
-            assert old.peer_settings is not None
-            same_process = bool(settings.instance) and settings.instance == old.peer_settings.instance
+            same_process = _same_process(old, session)
             if not same_process and not old.suspended and old.silent_for < DEAD_AFTER:
                 session.close(Code.IDENTITY, f"another process is connected as {name}")
-                here, there = _where(session), _where(old)
-                return f"worker {name} at {here}: another process of that name is connected from {there}"
-            self._remove(old)
+                return f"worker {name} at {here}: another process of that name is connected from {_where(old)}"
             if old.suspended:
                 # Its worker would have resumed it, if it could: a restarted one must not leave streams hanging.
-                logger.info("worker %s starts afresh from %s", name, _where(session))
+                logger.info("worker %s starts afresh from %s", name, here)
                 old.close(Code.SHUTDOWN, "replaced by a newer session of this worker")
-            elif same_process:
-                logger.info(
-                    "worker %s reconnected from %s; its session from %s drains", name, _where(session), _where(old)
-                )
-                if not old.draining:  # else it ends at its own time
-                    old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
-            else:
-                logger.warning("worker %s at %s replaces %s, which is silent", name, _where(session), _where(old))
+            elif not same_process:
+                logger.warning("worker %s at %s replaces %s, which is silent", name, here, _where(old))
                 old.close(Code.TIMEOUT, "replaced after silence")
         for other in self._suspended_of(name):
-            assert other.peer_settings is not None
-            if not settings.instance or other.peer_settings.instance != settings.instance:
+            if not _same_process(other, session):
                 other.close(Code.SHUTDOWN, "the worker was restarted")
+        if len(self._of.get(name, ())) >= SESSIONS:
+            session.close(Code.CALM, f"{name} has {SESSIONS} sessions already")
+            return f"worker {name} at {here}: it has {SESSIONS} sessions already, as many as one worker may have"
+        if old is not None and not old.closed:
+            logger.info("worker %s reconnected from %s; its session from %s drains", name, here, _where(old))
+            self._remove(old)
+            if not old.draining:  # else it ends at its own time
+                old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
         self._add(session)
         return ""
 
@@ -410,6 +412,7 @@ class ControlPlane(Endpoint):
         for route in ignored:
             logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
         self._workers[name] = session
+        self._of.setdefault(name, []).append(session)
         self._router.set_routes(name, routes)
         session.on_goaway = self._remove
         session.on_ended = self._gone
@@ -443,7 +446,7 @@ class ControlPlane(Endpoint):
             other.close(Code.CALM, "too many broken sessions of this worker")
 
     def _suspended_of(self, name: str) -> list[Session]:
-        return [session for session in self._resumable.values() if session.peer_name == name and session.suspended]
+        return [session for session in self._of.get(name, ()) if session.suspended]
 
     def _resumed(self, session: Session) -> None:
         logger.info(
@@ -454,6 +457,10 @@ class ControlPlane(Endpoint):
     def _gone(self, session: Session) -> None:
         self._remove(session)
         self._resumable.pop(session.session_id, None)
+        of_name = self._of[session.peer_name]
+        of_name.remove(session)
+        if not of_name:
+            del self._of[session.peer_name]
         logger.info("worker %s at %s disconnected: %s", session.peer_name, _where(session), session.error)
 
     async def _see_out(self, session: Session) -> None:
@@ -469,6 +476,12 @@ class ControlPlane(Endpoint):
 
 
 _NOTHING: Final = AllowList()
+
+
+def _same_process(a: Session, b: Session) -> bool:
+    assert a.peer_settings is not None
+    assert b.peer_settings is not None
+    return bool(a.peer_settings.instance) and a.peer_settings.instance == b.peer_settings.instance
 
 
 def _where(session: Session) -> str:

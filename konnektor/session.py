@@ -146,6 +146,7 @@ class Session:
         self._hello: asyncio.Future[None] = self.loop.create_future()
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._lost_reason: Exception | None = None
+        self._closed_here = False
         self._find_session = find_session
         self._classify = classify
         self.resumed_session: Session | None = None
@@ -490,6 +491,7 @@ class Session:
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         """Ends the session now, without waiting: every stream breaks with SessionLost, CLOSE says why."""
+        self._closed_here = True
         if code == Code.NO_ERROR and not self._hello.done():
             self._lost_reason = SessionClosedError("this side closed the session before it was up")
         self._mux.close(code, reason)
@@ -703,7 +705,7 @@ class Session:
             who = self._peer()
             if error.limit:
                 self.log.warning("ended the session with %s, which sent too many %s: %s", who, error.limit, error)
-            else:
+            elif not self._closed_here:
                 self.log.warning("%s ended the session, because this side exceeded a limit: %s", who, error)
         if not self._hello.done():
             self._hello.set_result(None)
