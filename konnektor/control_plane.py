@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
+from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
 from konnektor.endpoint import Endpoint
 from konnektor.errors import (
     Code,
     ConfigurationError,
+    DeniedError,
     HandshakeError,
     KonnektorError,
     NoRouteError,
@@ -29,6 +30,7 @@ from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.listening import Acceptor, bind_tcp
+from konnektor.mux import MuxStream
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
 from konnektor.priorities import PriorityRule
 from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
@@ -44,6 +46,8 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
+SWEEP: Final = 1024
+"""Streams to remember, at least, before those that are over are forgotten."""
 SESSIONS: Final = 8
 """Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
@@ -123,14 +127,10 @@ class ControlPlane(Endpoint):
         priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
-        self._grants = tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grant_routes)
-        rules: dict[str, list[AllowRule]] = {}
-        for grant in allow_from:
-            name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
-            rules.setdefault(name, []).append(rule)
-        allowed = {name: AllowList(of_name) for name, of_name in rules.items()}
+        self._grants = _parse_grants(grant_routes)
+        self._allowed = _parse_allowed(allow_from)
         super().__init__(
-            tls, tls.server_context, lambda session: allowed.get(session.peer_name, _NOTHING), limits, priorities
+            tls, tls.server_context, lambda session: self._allowed.get(session.peer_name, _NOTHING), limits, priorities
         )
         self._settings = Settings.of(
             self.limits,
@@ -144,10 +144,39 @@ class ControlPlane(Endpoint):
         self._of: dict[str, list[Session]] = {}
         """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
         self._router = Router(load=self._load)
+        self._routed: dict[MuxStream, tuple[Session, str]] = {}
+        """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
+        self._sweep_at = SWEEP
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
         self._subscribers: set[asyncio.Queue[WorkerEvent]] = set()
+
+    def set_grants(
+        self,
+        *,
+        grant_routes: Iterable[str | tuple[str, Route]] | None = None,
+        allow_from: Iterable[str | tuple[str, AllowRule]] | None = None,
+    ) -> None:
+        """Replaces what workers may claim and reach, at once; what is left out stays as it is.
+
+        Streams that go by a route which their worker may not claim any more end with DENIED, and so do workers' own
+        streams to what they may not reach any more; also those of sessions that wait for a connection, whose worker
+        hears of it when there is one. Claims that were not granted before count from now on, if they are.
+
+        Raises:
+            ConfigurationError: a route or a rule is not one; nothing has changed then.
+        """
+        grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
+        allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
+        self._grants, self._allowed = grants, allowed
+        for name, session in self._workers.items():
+            self._router.set_routes(name, self._granted(session))
+        for stream, (session, host) in list(self._routed.items()):
+            if not stream.forgotten and not self._serves(session, host):
+                logger.warning("ended a stream to %s: worker %s has no route for it any more", host, session.peer_name)
+                stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
+        self._targets.judge()
 
     # Life
 
@@ -261,15 +290,37 @@ class ControlPlane(Endpoint):
             session = self._workers.get(choice.worker)
             if session is None:
                 continue  # it went while another was asked
+            grants = self._grants
             try:
-                return await session.open_tcp(choice.host, port, **kwargs)
+                stream = await session.open_tcp(choice.host, port, **kwargs)
             except StreamError as refusal:
                 error = refusal
                 if not refusal.retryable:
                     raise
             except (SessionClosedError, PeerError) as gone:
                 error = gone
+            else:
+                if worker is None and choice.host is host:
+                    if self._grants is not grants and not self._serves(session, host):
+                        stream.reset(Code.DENIED)  # the route was withdrawn meanwhile
+                        continue
+                    self._note(stream._mux, session, host)
+                return stream
         raise error or NoRouteError(f"no worker serves {format_hostport(host, port)}")
+
+    def _note(self, stream: MuxStream, session: Session, host: str) -> None:
+        """The stream goes by a route, and may have to end with it."""
+        if len(self._routed) >= self._sweep_at:
+            self._routed = {stream: way for stream, way in self._routed.items() if not stream.forgotten}
+            self._sweep_at = max(SWEEP, 2 * len(self._routed))
+        self._routed[stream] = session, host
+
+    def _serves(self, session: Session, host: str) -> bool:
+        """Whether a route that the worker may claim now is for the host."""
+        destination = parse_host(host)
+        if not isinstance(destination, str):
+            destination = unwrap(destination)
+        return any(route.matches(destination) for route in self._granted(session))
 
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
@@ -400,20 +451,10 @@ class ControlPlane(Endpoint):
         return ""
 
     def _add(self, session: Session) -> None:
-        name, settings = session.peer_name, session.peer_settings
-        assert settings is not None
-        claims = []
-        for claim in settings.routes:
-            try:
-                claims.append(parse_route(claim))
-            except ConfigurationError as error:
-                logger.warning("worker %s: ignored a claimed route: %s", name, error)
-        routes, ignored = granted_routes(name, claims, self._grants)
-        for route in ignored:
-            logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
+        name = session.peer_name
         self._workers[name] = session
         self._of.setdefault(name, []).append(session)
-        self._router.set_routes(name, routes)
+        self._router.set_routes(name, self._granted(session, tell=True))
         session.on_goaway = self._remove
         session.on_ended = self._gone
         session.on_suspended = self._suspended
@@ -424,6 +465,22 @@ class ControlPlane(Endpoint):
         _ = self._spawn(self._see_out(session))
         logger.info("worker %s connected from %s", name, _where(session))
         self._publish(WorkerConnected(name, session))
+
+    def _granted(self, session: Session, *, tell: bool = False) -> tuple[Route, ...]:
+        """The routes that count now, of those that the worker claims; ``tell`` the log of the others."""
+        name, settings = session.peer_name, session.peer_settings
+        assert settings is not None
+        claims = []
+        for claim in settings.routes:
+            try:
+                claims.append(parse_route(claim))
+            except ConfigurationError as error:
+                if tell:
+                    logger.warning("worker %s: ignored a claimed route: %s", name, error)
+        routes, ignored = granted_routes(name, claims, self._grants)
+        for route in ignored if tell else ():
+            logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
+        return routes
 
     def _remove(self, session: Session) -> None:
         """No new streams for this session."""
@@ -476,6 +533,18 @@ class ControlPlane(Endpoint):
 
 
 _NOTHING: Final = AllowList()
+
+
+def _parse_grants(grants: Iterable[str | tuple[str, Route]]) -> tuple[tuple[str, Route], ...]:
+    return tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grants)
+
+
+def _parse_allowed(grants: Iterable[str | tuple[str, AllowRule]]) -> dict[str, AllowList]:
+    rules: dict[str, list[AllowRule]] = {}
+    for grant in grants:
+        name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
+        rules.setdefault(name, []).append(rule)
+    return {name: AllowList(of_name) for name, of_name in rules.items()}
 
 
 def _same_process(a: Session, b: Session) -> bool:

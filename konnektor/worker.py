@@ -130,6 +130,14 @@ class Worker(Endpoint):
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
 
+    def set_allow(self, rules: Iterable[AllowRule]) -> None:
+        """Replaces the rules of ``allow`` at once: streams that the new ones do not allow end with DENIED.
+
+        So do those of sessions that wait for a connection; their peers hear of it when there is one.
+        """
+        self.allow = AllowList(rules)
+        self._targets.judge()
+
     # Life
 
     async def _start(self) -> None:
