@@ -141,6 +141,8 @@ class Mux:
         """Streams that have something to say besides data."""
         self.owed: deque[tuple[int, MuxStream]] = deque()
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
+        self._owing: list[MuxStream] = []
+        """Streams whose peer owed their end when the connection broke."""
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
         self.datagrams = Datagrams()
@@ -407,10 +409,6 @@ class Mux:
         elif stream.sending is Sending.UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
         elif stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
-            if self.resumption.suspended:
-                # Nothing can come: the peer has its time once the connection is back.
-                self.watch(stream, now + RESET_OWED)
-                return
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
 
@@ -520,8 +518,11 @@ class Mux:
                 # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
                 stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
-    def reconnected(self) -> None:
+    def reconnected(self, now: float) -> None:
         """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
+        for stream in self._owing:
+            self.watch(stream, now + RESET_OWED)
+        self._owing.clear()
         self._awake = False
         self.wake()
         self.arm(self.liveness.due)
@@ -533,6 +534,11 @@ class Mux:
         self.inbound.acks.forget()
         self.liveness.suspended()
         self.drop_datagrams()
+        for stream in self.streams.values():
+            if stream.watch is not None and stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+                # Nothing can come: the peer has its time when the connection is back.
+                self.unwatch(stream)
+                self._owing.append(stream)
         self.arm(self.resumption.due)
         if self.leaving.begun:
             self._drain_on(now)
@@ -562,6 +568,7 @@ class Mux:
         self.opens.clear()
         self.control.clear()
         self.owed.clear()
+        self._owing.clear()
         # First all of them, then the sinks: whatever those call finds every stream at its end.
         for stream, _ in streams:
             stream.end()
