@@ -28,7 +28,7 @@ from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, with_alerts
-from konnektor.limits import Limits
+from konnektor.limits import Limits, format_size
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.mux import MuxStream
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
@@ -107,10 +107,12 @@ class ControlPlane(Endpoint):
         grant_routes: routes that a worker may claim beyond ``host=NAME``: ``NAME=ROUTE``, or (name, route).
         allow_from: what streams of a worker may reach here: ``NAME=HOST:PORTS``, or (name, rule). Nothing, by default.
         limits: of each session.
+        memory: bytes that all sessions together may be granted, each ``limits.session_memory``; when they are taken, no
+            other worker is let in, and those that are there notice nothing. None: no bound.
         priorities: class and weight of streams by their destination, ``PATTERN=CLASS[:WEIGHT]``; the first that fits.
 
     Raises:
-        ConfigurationError: the address, a route or a rule is not one.
+        ConfigurationError: the address, a route or a rule is not one, or there is not memory for one session.
         CertificateError: the files cannot be used.
     """
 
@@ -124,14 +126,23 @@ class ControlPlane(Endpoint):
         grant_routes: Iterable[str | tuple[str, Route]] = (),
         allow_from: Iterable[str | tuple[str, AllowRule]] = (),
         limits: Limits | None = None,
+        memory: int | None = None,
         priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
         self._grants = _parse_grants(grant_routes)
         self._allowed = _parse_allowed(allow_from)
+        one = (limits or Limits()).session_memory
+        if memory is not None and memory < one:
+            raise ConfigurationError(
+                f"memory {format_size(memory)} is less than one session may be granted, {format_size(one)}: raise it, "
+                "or lower the receive pool and the replay buffer"
+            )
+        self._memory = memory
         super().__init__(
             tls, tls.server_context, lambda session: self._allowed.get(session.peer_name, _NOTHING), limits, priorities
         )
+        self._granted_memory = 0
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
@@ -442,6 +453,11 @@ class ControlPlane(Endpoint):
         if len(self._of.get(name, ())) >= SESSIONS:
             session.close(Code.CALM, f"{name} has {SESSIONS} sessions already")
             return f"worker {name} at {here}: it has {SESSIONS} sessions already, as many as one worker may have"
+        if self._memory is not None and self._granted_memory + self.limits.session_memory > self._memory:
+            session.close(Code.LIMIT, "no memory is left for another session")
+            return (
+                f"worker {name} at {here}: its session would exceed the memory of {format_size(self._memory)} for all"
+            )
         if old is not None and not old.closed:
             logger.info("worker %s reconnected from %s; its session from %s drains", name, here, _where(old))
             self._remove(old)
@@ -454,6 +470,7 @@ class ControlPlane(Endpoint):
         name = session.peer_name
         self._workers[name] = session
         self._of.setdefault(name, []).append(session)
+        self._granted_memory += self.limits.session_memory
         self._router.set_routes(name, self._granted(session, tell=True))
         session.on_goaway = self._remove
         session.on_ended = self._gone
@@ -514,6 +531,7 @@ class ControlPlane(Endpoint):
     def _gone(self, session: Session) -> None:
         self._remove(session)
         self._resumable.pop(session.session_id, None)
+        self._granted_memory -= self.limits.session_memory
         of_name = self._of[session.peer_name]
         of_name.remove(session)
         if not of_name:

@@ -16,6 +16,7 @@ from konnektor.dial import dial
 from konnektor.frames import HEADER
 from konnektor.router import parse_route
 from konnektor.settings import Settings
+from konnektor.testing import FaultProxy
 from tests.endpoints.parts import (
     Certificates,
     Goodbye,
@@ -419,6 +420,39 @@ async def test_at_most_eight_sessions_of_a_worker(certs, log):
         await connect()
         for stream in streams:
             stream.reset()
+
+
+async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
+    """Whoever there is no room for waits outside, and gets in when there is; nobody inside notices."""
+    limits = kk.Limits(initial_streams=8, receive_pool=2**20, replay_buffer=2**20)
+    assert limits.session_memory == 2 * 2**20
+    assert dataclasses.replace(limits, resume_grace=0).session_memory == 2**20
+    with pytest.raises(kk.ConfigurationError, match="memory 1MiB is less than one session may be granted, 2MiB"):
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=2**20)
+    async with (
+        target() as echo,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=5 * 2**20) as plane,
+        kk.Worker([plane.address], tls=certs.worker("a"), allow=[kk.tcp("127.0.0.1", echo.port)]),
+        FaultProxy(plane.address) as proxy,
+    ):
+        async with kk.Worker([proxy.address], tls=certs.worker("b"), allow=[kk.tcp("127.0.0.1", echo.port)]):
+            streams = [await (await plane.wait_for(name)).open_tcp("127.0.0.1", echo.port) for name in ("a", "b")]
+            text = await refused(plane, certs.worker("c"))
+            assert text.endswith("no memory is left for another session")
+            assert plane.get("c") is None
+            # What is there goes on: also over another connection.
+            proxy.cut()
+            await until(lambda: plane.get("b").stats().resumed == 1)
+            for stream in streams:
+                await stream.send(b"x")
+                assert await stream.receive() == b"x"
+            await streams[1].aclose()
+        async with kk.Worker([plane.address], tls=certs.worker("c")):
+            await plane.wait_for("c")
+            await streams[0].aclose()
+    (line,) = [line for line in log() if line.startswith("refused worker")]
+    assert line.startswith("refused worker c at 127.0.0.1:")
+    assert line.endswith(": its session would exceed the memory of 5MiB for all")
 
 
 async def test_what_this_side_ends_is_not_told_as_the_peers_doing(certs, log):
