@@ -46,8 +46,8 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
-SWEEP: Final = 1024
-"""Streams to remember, at least, before those that are over are forgotten."""
+SWEEP: Final = 64
+"""Streams of a session that are over and not forgotten yet, about."""
 SESSIONS: Final = 8
 """Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
@@ -155,9 +155,8 @@ class ControlPlane(Endpoint):
         self._of: dict[str, list[Session]] = {}
         """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
         self._router = Router(load=self._load)
-        self._routed: dict[MuxStream, tuple[Session, str]] = {}
+        self._routed: dict[Session, dict[MuxStream, str]] = {}
         """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
-        self._sweep_at = SWEEP
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
@@ -183,10 +182,12 @@ class ControlPlane(Endpoint):
         self._grants, self._allowed = grants, allowed
         for name, session in self._workers.items():
             self._router.set_routes(name, self._granted(session))
-        for stream, (session, host) in list(self._routed.items()):
-            if not stream.forgotten and not self._serves(session, host):
-                logger.warning("ended a stream to %s: worker %s has no route for it any more", host, session.peer_name)
-                stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
+        for session, routed in list(self._routed.items()):
+            for stream, host in list(routed.items()):
+                if not stream.forgotten and not self._serves(session, host):
+                    name = session.peer_name
+                    logger.warning("ended a stream to %s: worker %s has no route for it any more", host, name)
+                    stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
         self._targets.judge()
 
     # Life
@@ -321,10 +322,13 @@ class ControlPlane(Endpoint):
 
     def _note(self, stream: MuxStream, session: Session, host: str) -> None:
         """The stream goes by a route, and may have to end with it."""
-        if len(self._routed) >= self._sweep_at:
-            self._routed = {stream: way for stream, way in self._routed.items() if not stream.forgotten}
-            self._sweep_at = max(SWEEP, 2 * len(self._routed))
-        self._routed[stream] = session, host
+        if session.closed:
+            return
+        routed = self._routed.setdefault(session, {})
+        if len(routed) >= SWEEP + 2 * session.stream_count:
+            for over in [stream for stream in routed if stream.forgotten]:
+                del routed[over]
+        routed[stream] = host
 
     def _serves(self, session: Session, host: str) -> bool:
         """Whether a route that the worker may claim now is for the host."""
@@ -531,6 +535,7 @@ class ControlPlane(Endpoint):
     def _gone(self, session: Session) -> None:
         self._remove(session)
         self._resumable.pop(session.session_id, None)
+        self._routed.pop(session, None)
         self._granted_memory -= self.limits.session_memory
         of_name = self._of[session.peer_name]
         of_name.remove(session)
