@@ -7,7 +7,7 @@ import pytest
 
 import konnektor as kk
 from konnektor.priorities import CLASSES
-from tests.endpoints.parts import PATIENCE, connection, target, tunnel, until
+from tests.endpoints.parts import PATIENCE, Process, connection, flags, target, tunnel, until
 
 SIZE = 4 * 2**20
 ROOMY = kk.Limits(initial_window=SIZE, initial_streams=8, receive_pool=64 * 2**20, send_queue=SIZE)
@@ -161,3 +161,48 @@ async def test_forwards_and_workers_own_streams(certs):
             await stream.send(b"x")
             assert await stream.receive() == b"x"
             await until(lambda: classes() == [{(0, 5)}, {(0, 5)}])
+
+
+@asynccontextmanager
+async def process(tmp_path, *arguments):
+    """An endpoint of the command line, and what its ready line says."""
+    with Process(tmp_path / "log", *arguments) as running:
+        async with asyncio.timeout(PATIENCE):
+            yield running, await asyncio.to_thread(running.ready)
+        running.signal()
+        assert await asyncio.to_thread(running.wait) == 0, running.log.read_text()
+
+
+async def test_the_flag_of_a_worker(certs, tmp_path):
+    async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        arguments = ["--connect", plane.address, *flags(certs.worker()), "--allow", f"127.0.0.1:{echo.port}"]
+        rules = ["--priority", f"*:{echo.port}=interactive:5", "--priority", "*:*=bulk"]
+        async with process(tmp_path, "worker", *arguments, *rules):
+            stream = await plane.get("node-1").open_tcp("127.0.0.1", echo.port)
+            await until(lambda: (stream.priority, stream.weight) == (0, 5))
+            await stream.aclose()
+
+
+async def test_the_flags_of_a_control_plane(certs, tmp_path):
+    async with target() as echo:
+        arguments = [
+            "--listen",
+            "127.0.0.1:0",
+            *flags(certs.plane),
+            "--forward",
+            f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}",
+        ]
+        more = ["--priority", f"127.0.0.0/8:{echo.port}=bulk:3", "--memory", "80MiB"]
+        async with process(tmp_path, "control-plane", *arguments, *more) as (running, ready):
+            (where,), (forward,) = ready["tunnel"], ready["forward"]
+            allow = [kk.tcp("127.0.0.1", echo.port)]
+            async with kk.Worker([where], tls=certs.worker(), allow=allow) as worker:
+                session = await worker.wait_connected()
+                async with connection(forward.partition("->")[0]) as (reader, writer):
+                    writer.write(b"x")
+                    assert await reader.readexactly(1) == b"x"
+                    await until(lambda: [(s.priority, s.weight) for s in session._mux.streams.values()] == [(2, 3)])
+                async with kk.Worker([where], tls=certs.worker("node-2"), once=True) as another:
+                    with pytest.raises(kk.HandshakeError, match="no memory is left for another session"):
+                        await another.wait_connected()
+                await until(lambda: "its session would exceed the memory of 80MiB for all" in running.log.read_text())
