@@ -407,7 +407,8 @@ async def test_at_most_eight_sessions_of_a_worker(certs, log):
                 await connect()
             assert isinstance(caught.value.__cause__, kk.CalmError)
             assert str(caught.value) == "node-1 has 8 sessions already"
-        (line, again) = [line for line in log() if line.startswith("refused ")]
+        await until(lambda: len([line for line in log() if line.startswith("refused ")]) == 2)
+        line, again = [line for line in log() if line.startswith("refused ")]
         assert line.startswith("refused worker node-1 at 127.0.0.1:")
         assert line.endswith(": it has 8 sessions already, as many as one worker may have")
         assert again.endswith("as many as one worker may have")
