@@ -368,6 +368,12 @@ def test_an_answer_that_is_none(answer, kind):
     assert attempt.pair.client.gone and not attempt.succeeded
 
 
+def test_a_driver_may_have_the_bytes_of_an_attempt_in_chunks():
+    one, other = Attempt(), Attempt()
+    assert b"".join(one.rejoin.chunks_to_send(0)) == other.rejoin.data_to_send(0) != b""
+    assert one.rejoin.chunks_to_send(0) == [] and not one.rejoin.awake
+
+
 def test_resumed_by_one_who_took_in_what_was_never_sent():
     attempt = Attempt()
     attempt.receive(HELLO)
