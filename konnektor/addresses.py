@@ -20,12 +20,15 @@ __all__ = [
     "Protocol",
     "canonical_host",
     "format_hostport",
+    "format_hosts",
+    "format_ports",
     "format_protocol",
     "parse_forward",
     "parse_host",
     "parse_hostport",
     "parse_network",
     "parse_port",
+    "parse_ports",
     "parse_worker_name",
     "quote",
     "split_port",
@@ -44,6 +47,7 @@ _WORKER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 _LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 # A name that ends so is an IPv4 address to inet_aton and to browsers (WHATWG URL, "ends in a number").
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_ANY_PORT: Final = range(1, 65536)
 _MAX_NAME: Final = 253
 _MAX_QUOTED: Final = 80
 
@@ -159,6 +163,29 @@ def parse_port(text: str, *, zero: bool = False) -> int:
     raise ConfigurationError(f"port {quote(text)} is not a number from {int(not zero)} to 65535")
 
 
+def parse_ports(text: str) -> tuple[range, ...]:
+    """``*``, ``80,443``, ``8000-8100``, or several of these with commas.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    return tuple(_parse_port_range(part) for part in text.split(","))
+
+
+def _parse_port_range(text: str) -> range:
+    if text == "*":
+        return _ANY_PORT
+    first, dash, last = text.partition("-")
+    try:
+        low = parse_port(first)
+        high = parse_port(last) if dash else low
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}: write ports as *, 80,443 or 8000-8100") from None
+    if high < low:
+        raise ConfigurationError(f"ports {quote(text)} run backwards: write {high}-{low}")
+    return range(low, high + 1)
+
+
 def parse_hostport(text: str, *, zero: bool = False) -> tuple[str, int]:
     """``HOST:PORT`` or ``[IPV6]:PORT`` as a canonical host (IPv6 without brackets) and a port.
 
@@ -219,6 +246,21 @@ def format_hostport(host: str | IPAddress, port: int) -> str:
     """``HOST:PORT``, with brackets around IPv6."""
     text = str(host)
     return f"[{text}]:{port}" if ":" in text else f"{text}:{port}"
+
+
+def format_hosts(hosts: IPNetwork | str) -> str:
+    """A network or a pattern of names as ``split_port`` takes it: one address without its length, IPv6 in brackets."""
+    if isinstance(hosts, str):
+        return hosts
+    text = str(hosts.network_address if hosts.prefixlen == hosts.max_prefixlen else hosts)
+    return f"[{text}]" if ":" in text else text
+
+
+def format_ports(ports: tuple[range, ...]) -> str:
+    """Ports as ``parse_ports`` takes them."""
+    if _ANY_PORT in ports:
+        return "*"
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ports)
 
 
 def parse_worker_name(text: str) -> str:

@@ -10,11 +10,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
+from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
 from konnektor.endpoint import Endpoint
 from konnektor.errors import (
     Code,
     ConfigurationError,
+    DeniedError,
     HandshakeError,
     KonnektorError,
     NoRouteError,
@@ -27,9 +28,11 @@ from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, with_alerts
-from konnektor.limits import Limits
+from konnektor.limits import Limits, format_size
 from konnektor.listening import Acceptor, bind_tcp
+from konnektor.mux import MuxStream
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
+from konnektor.priorities import PriorityRule
 from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
@@ -43,6 +46,10 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
+SWEEP: Final = 64
+"""Streams of a session that are over and not forgotten yet, about."""
+SESSIONS: Final = 8
+"""Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
 """Sessions of one worker that may wait for another connection at a time; the oldest goes first."""
 HANDSHAKES: Final = 512
@@ -100,9 +107,12 @@ class ControlPlane(Endpoint):
         grant_routes: routes that a worker may claim beyond ``host=NAME``: ``NAME=ROUTE``, or (name, route).
         allow_from: what streams of a worker may reach here: ``NAME=HOST:PORTS``, or (name, rule). Nothing, by default.
         limits: of each session.
+        memory: bytes that all sessions together may be granted, each ``limits.session_memory``; when they are taken, no
+            other worker is let in, and those that are there notice nothing. None: no bound.
+        priorities: class and weight of streams by their destination, ``PATTERN=CLASS[:WEIGHT]``; the first that fits.
 
     Raises:
-        ConfigurationError: the address, a route or a rule is not one.
+        ConfigurationError: the address, a route or a rule is not one, or there is not memory for one session.
         CertificateError: the files cannot be used.
     """
 
@@ -116,15 +126,23 @@ class ControlPlane(Endpoint):
         grant_routes: Iterable[str | tuple[str, Route]] = (),
         allow_from: Iterable[str | tuple[str, AllowRule]] = (),
         limits: Limits | None = None,
+        memory: int | None = None,
+        priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
-        self._grants = tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grant_routes)
-        rules: dict[str, list[AllowRule]] = {}
-        for grant in allow_from:
-            name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
-            rules.setdefault(name, []).append(rule)
-        allowed = {name: AllowList(of_name) for name, of_name in rules.items()}
-        super().__init__(tls, tls.server_context, lambda session: allowed.get(session.peer_name, _NOTHING), limits)
+        self._grants = _parse_grants(grant_routes)
+        self._allowed = _parse_allowed(allow_from)
+        one = (limits or Limits()).session_memory
+        if memory is not None and memory < one:
+            raise ConfigurationError(
+                f"memory {format_size(memory)} is less than one session may be granted, {format_size(one)}: raise it, "
+                "or lower the receive pool and the replay buffer"
+            )
+        self._memory = memory
+        super().__init__(
+            tls, tls.server_context, lambda session: self._allowed.get(session.peer_name, _NOTHING), limits, priorities
+        )
+        self._granted_memory = 0
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
@@ -134,11 +152,43 @@ class ControlPlane(Endpoint):
         )
         self._resumable: dict[bytes, Session] = {}
         self._workers: dict[str, Session] = {}
+        self._of: dict[str, list[Session]] = {}
+        """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
         self._router = Router(load=self._load)
+        self._routed: dict[Session, dict[MuxStream, str]] = {}
+        """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
         self._subscribers: set[asyncio.Queue[WorkerEvent]] = set()
+
+    def set_grants(
+        self,
+        *,
+        grant_routes: Iterable[str | tuple[str, Route]] | None = None,
+        allow_from: Iterable[str | tuple[str, AllowRule]] | None = None,
+    ) -> None:
+        """Replaces what workers may claim and reach, at once; what is left out stays as it is.
+
+        Streams that go by a route which their worker may not claim any more end with DENIED, and so do workers' own
+        streams to what they may not reach any more; also those of sessions that wait for a connection, whose worker
+        hears of it when there is one. Claims that were not granted before count from now on, if they are.
+
+        Raises:
+            ConfigurationError: a route or a rule is not one; nothing has changed then.
+        """
+        grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
+        allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
+        self._grants, self._allowed = grants, allowed
+        for name, session in self._workers.items():
+            self._router.set_routes(name, self._granted(session))
+        for session, routed in list(self._routed.items()):
+            for stream, host in list(routed.items()):
+                if not stream.forgotten and not self._serves(session, host):
+                    name = session.peer_name
+                    logger.warning("ended a stream to %s: worker %s has no route for it any more", host, name)
+                    stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
+        self._targets.judge()
 
     # Life
 
@@ -252,15 +302,40 @@ class ControlPlane(Endpoint):
             session = self._workers.get(choice.worker)
             if session is None:
                 continue  # it went while another was asked
+            grants = self._grants
             try:
-                return await session.open_tcp(choice.host, port, **kwargs)
+                stream = await session.open_tcp(choice.host, port, **kwargs)
             except StreamError as refusal:
                 error = refusal
                 if not refusal.retryable:
                     raise
             except (SessionClosedError, PeerError) as gone:
                 error = gone
+            else:
+                if worker is None and choice.host is host:
+                    if self._grants is not grants and not self._serves(session, host):
+                        stream.reset(Code.DENIED)  # the route was withdrawn meanwhile
+                        continue
+                    self._note(stream._mux, session, host)
+                return stream
         raise error or NoRouteError(f"no worker serves {format_hostport(host, port)}")
+
+    def _note(self, stream: MuxStream, session: Session, host: str) -> None:
+        """The stream goes by a route, and may have to end with it."""
+        if session.closed:
+            return
+        routed = self._routed.setdefault(session, {})
+        if len(routed) >= SWEEP + 2 * session.stream_count:
+            for over in [stream for stream in routed if stream.forgotten]:
+                del routed[over]
+        routed[stream] = host
+
+    def _serves(self, session: Session, host: str) -> bool:
+        """Whether a route that the worker may claim now is for the host."""
+        destination = parse_host(host)
+        if not isinstance(destination, str):
+            destination = unwrap(destination)
+        return any(route.matches(destination) for route in self._granted(session))
 
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
@@ -345,6 +420,7 @@ class ControlPlane(Endpoint):
                 check_peer=lambda session: self._check_peer(session, peer),
                 check_hello=check_hello,
                 find_session=self._resumable.get,
+                classify=self._priorities.of,
             )
         except HandshakeError as error:
             if verdict is None:
@@ -360,51 +436,46 @@ class ControlPlane(Endpoint):
 
     def _check_hello(self, session: Session) -> str:
         """The worker has introduced itself: is its name free? Takes it on, or returns why not, for the log."""
-        name, settings = session.peer_name, session.peer_settings
+        name, settings, here = session.peer_name, session.peer_settings, _where(session)
         assert settings is not None
         old = self._workers.get(name)
         if old is not None:
-            assert old.peer_settings is not None
-            same_process = bool(settings.instance) and settings.instance == old.peer_settings.instance
+            same_process = _same_process(old, session)
             if not same_process and not old.suspended and old.silent_for < DEAD_AFTER:
                 session.close(Code.IDENTITY, f"another process is connected as {name}")
-                here, there = _where(session), _where(old)
-                return f"worker {name} at {here}: another process of that name is connected from {there}"
-            self._remove(old)
+                return f"worker {name} at {here}: another process of that name is connected from {_where(old)}"
             if old.suspended:
                 # Its worker would have resumed it, if it could: a restarted one must not leave streams hanging.
-                logger.info("worker %s starts afresh from %s", name, _where(session))
+                logger.info("worker %s starts afresh from %s", name, here)
                 old.close(Code.SHUTDOWN, "replaced by a newer session of this worker")
-            elif same_process:
-                logger.info(
-                    "worker %s reconnected from %s; its session from %s drains", name, _where(session), _where(old)
-                )
-                if not old.draining:  # else it ends at its own time
-                    old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
-            else:
-                logger.warning("worker %s at %s replaces %s, which is silent", name, _where(session), _where(old))
+            elif not same_process:
+                logger.warning("worker %s at %s replaces %s, which is silent", name, here, _where(old))
                 old.close(Code.TIMEOUT, "replaced after silence")
         for other in self._suspended_of(name):
-            assert other.peer_settings is not None
-            if not settings.instance or other.peer_settings.instance != settings.instance:
+            if not _same_process(other, session):
                 other.close(Code.SHUTDOWN, "the worker was restarted")
+        if len(self._of.get(name, ())) >= SESSIONS:
+            session.close(Code.CALM, f"{name} has {SESSIONS} sessions already")
+            return f"worker {name} at {here}: it has {SESSIONS} sessions already, as many as one worker may have"
+        if self._memory is not None and self._granted_memory + self.limits.session_memory > self._memory:
+            session.close(Code.LIMIT, "no memory is left for another session")
+            return (
+                f"worker {name} at {here}: its session would exceed the memory of {format_size(self._memory)} for all"
+            )
+        if old is not None and not old.closed:
+            logger.info("worker %s reconnected from %s; its session from %s drains", name, here, _where(old))
+            self._remove(old)
+            if not old.draining:  # else it ends at its own time
+                old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
         self._add(session)
         return ""
 
     def _add(self, session: Session) -> None:
-        name, settings = session.peer_name, session.peer_settings
-        assert settings is not None
-        claims = []
-        for claim in settings.routes:
-            try:
-                claims.append(parse_route(claim))
-            except ConfigurationError as error:
-                logger.warning("worker %s: ignored a claimed route: %s", name, error)
-        routes, ignored = granted_routes(name, claims, self._grants)
-        for route in ignored:
-            logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
+        name = session.peer_name
         self._workers[name] = session
-        self._router.set_routes(name, routes)
+        self._of.setdefault(name, []).append(session)
+        self._granted_memory += self.limits.session_memory
+        self._router.set_routes(name, self._granted(session, tell=True))
         session.on_goaway = self._remove
         session.on_ended = self._gone
         session.on_suspended = self._suspended
@@ -415,6 +486,22 @@ class ControlPlane(Endpoint):
         _ = self._spawn(self._see_out(session))
         logger.info("worker %s connected from %s", name, _where(session))
         self._publish(WorkerConnected(name, session))
+
+    def _granted(self, session: Session, *, tell: bool = False) -> tuple[Route, ...]:
+        """The routes that count now, of those that the worker claims; ``tell`` the log of the others."""
+        name, settings = session.peer_name, session.peer_settings
+        assert settings is not None
+        claims = []
+        for claim in settings.routes:
+            try:
+                claims.append(parse_route(claim))
+            except ConfigurationError as error:
+                if tell:
+                    logger.warning("worker %s: ignored a claimed route: %s", name, error)
+        routes, ignored = granted_routes(name, claims, self._grants)
+        for route in ignored if tell else ():
+            logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
+        return routes
 
     def _remove(self, session: Session) -> None:
         """No new streams for this session."""
@@ -437,7 +524,7 @@ class ControlPlane(Endpoint):
             other.close(Code.CALM, "too many broken sessions of this worker")
 
     def _suspended_of(self, name: str) -> list[Session]:
-        return [session for session in self._resumable.values() if session.peer_name == name and session.suspended]
+        return [session for session in self._of.get(name, ()) if session.suspended]
 
     def _resumed(self, session: Session) -> None:
         logger.info(
@@ -448,6 +535,12 @@ class ControlPlane(Endpoint):
     def _gone(self, session: Session) -> None:
         self._remove(session)
         self._resumable.pop(session.session_id, None)
+        self._routed.pop(session, None)
+        self._granted_memory -= self.limits.session_memory
+        of_name = self._of[session.peer_name]
+        of_name.remove(session)
+        if not of_name:
+            del self._of[session.peer_name]
         logger.info("worker %s at %s disconnected: %s", session.peer_name, _where(session), session.error)
 
     async def _see_out(self, session: Session) -> None:
@@ -463,6 +556,24 @@ class ControlPlane(Endpoint):
 
 
 _NOTHING: Final = AllowList()
+
+
+def _parse_grants(grants: Iterable[str | tuple[str, Route]]) -> tuple[tuple[str, Route], ...]:
+    return tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grants)
+
+
+def _parse_allowed(grants: Iterable[str | tuple[str, AllowRule]]) -> dict[str, AllowList]:
+    rules: dict[str, list[AllowRule]] = {}
+    for grant in grants:
+        name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
+        rules.setdefault(name, []).append(rule)
+    return {name: AllowList(of_name) for name, of_name in rules.items()}
+
+
+def _same_process(a: Session, b: Session) -> bool:
+    assert a.peer_settings is not None
+    assert b.peer_settings is not None
+    return bool(a.peer_settings.instance) and a.peer_settings.instance == b.peer_settings.instance
 
 
 def _where(session: Session) -> str:

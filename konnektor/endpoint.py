@@ -6,7 +6,7 @@ import asyncio
 import encodings.idna  # noqa: F401 - getaddrinfo imports it, perhaps when descriptors have run out
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, ClassVar, Final, Self, TypeVar
 
 from anyio.lowlevel import checkpoint
@@ -16,6 +16,7 @@ from konnektor.errors import CertificateError, Code, ConfigurationError
 from konnektor.handlers import Handlers
 from konnektor.limits import Limits
 from konnektor.policy import AllowList
+from konnektor.priorities import Priorities, PriorityRule
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.stream import Stream
@@ -41,6 +42,7 @@ class Endpoint(ABC):
         build: makes a TLS context from them.
         allowed: what the streams of a session may reach here.
         limits: of each session.
+        priorities: rules for class and weight of streams, whoever opens them.
 
     Attributes:
         handlers: what serves the peers' streams; ``handle`` adds to it.
@@ -59,8 +61,10 @@ class Endpoint(ABC):
         build: Callable[[], ssl.SSLContext],
         allowed: Callable[[Session], AllowList],
         limits: Limits | None,
+        priorities: Iterable[PriorityRule | str],
     ) -> None:
         self.limits = limits or Limits()
+        self._priorities = Priorities(priorities)
         self.identity: Identity = tls.identity()
 
         def build_as_before() -> ssl.SSLContext:

@@ -193,7 +193,7 @@ class Inbound:
                 mux.pong(opaque, now)
             case Priority(_, priority, weight):
                 self.abuse.hint(mux.admission.opens, now)
-                if (stream := self._stream_of(frame)) is not None:
+                if (stream := self._stream_of(frame)) is not None and not stream.pinned:
                     stream.priority, stream.weight = priority, weight
             case Goaway(_, code, grace_ms, text):
                 self.abuse.goaway()

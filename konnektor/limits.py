@@ -87,6 +87,11 @@ class Limits:
     resume_grace: float = 60.0
     replay_buffer: int = 16 * MIB
 
+    @property
+    def session_memory(self) -> int:
+        """Bytes that the peer of one session can make this side hold: what it may send, and what it need not acknowledge."""
+        return self.receive_pool + (self.replay_buffer if self.resume_grace else 0)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

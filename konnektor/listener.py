@@ -79,8 +79,9 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
 
     def close(self) -> None:
         """``aclose`` for callers that are not coroutines."""
-        if self._session._listeners.get(self._name) is self:
-            del self._session._listeners[self._name]
+        listeners = self._session._serving.listeners
+        if listeners.get(self._name) is self:
+            del listeners[self._name]
         self._put.close()
         self._get.close()
 

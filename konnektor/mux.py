@@ -47,7 +47,7 @@ from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, 
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
-from konnektor.mux_stream import DatagramSink, MuxStream, Sink
+from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
 from konnektor.outbound import BATCH, PAYLOAD, Outbound, joined
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
@@ -141,6 +141,8 @@ class Mux:
         """Streams that have something to say besides data."""
         self.owed: deque[tuple[int, MuxStream]] = deque()
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
+        self._owing: list[MuxStream] = []
+        """Streams whose peer owed their end when the connection broke."""
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
         self.datagrams = Datagrams()
@@ -216,6 +218,7 @@ class Mux:
         *,
         now: float,
         priority: int = 1,
+        weight: int = 1,
         deadline: float | None = None,
         tlvs: Mapping[int, bytes] | None = None,
         datagrams: bool = False,
@@ -231,6 +234,7 @@ class Mux:
             now: the time.
             header: what the stream type puts into its OPEN.
             priority: 0 interactive, 1 default, 2 bulk.
+            weight: among those of its class, 1 to 255.
             deadline: seconds the whole opening may take, at most 300.
             tlvs: more parameters, by ``OpenTLV`` id.
             datagrams: whether the type carries them.
@@ -239,14 +243,13 @@ class Mux:
             SessionClosedError: the session is over or draining.
             UnsupportedError: it is to carry datagrams, and one of the two sides has none.
             StreamError: its connection has been broken for longer than a moment.
-            LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority.
+            LocalProtocolError: name and header do not fit into an OPEN, or there is no such priority or weight.
         """
         if self.error is not None or self.draining:
             raise SessionClosedError("the session is closed" if self.error else "the session is draining")
         if self.resumption.given_up:
             raise unreachable()
-        if priority not in (0, 1, 2):
-            raise LocalProtocolError(f"priority {priority}: there are 0, 1 and 2")
+        check_priority(priority, weight)
         params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
         size = 2 + len(name) + sum(4 + len(value) for value in params.values())
         if not is_type_name(name) or size > MAX_OPEN:
@@ -258,6 +261,7 @@ class Mux:
         stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
         if datagrams:
             stream.carry_datagrams()
+        stream.weight = weight
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
         stream.released = True
@@ -405,10 +409,6 @@ class Mux:
         elif stream.sending is Sending.UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
         elif stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
-            if self.resumption.suspended:
-                # Nothing can come: the peer has its time once the connection is back.
-                self.watch(stream, now + RESET_OWED)
-                return
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
 
@@ -518,8 +518,11 @@ class Mux:
                 # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
                 stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
-    def reconnected(self) -> None:
+    def reconnected(self, now: float) -> None:
         """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
+        for stream in self._owing:
+            self.watch(stream, now + RESET_OWED)
+        self._owing.clear()
         self._awake = False
         self.wake()
         self.arm(self.liveness.due)
@@ -531,6 +534,11 @@ class Mux:
         self.inbound.acks.forget()
         self.liveness.suspended()
         self.drop_datagrams()
+        for stream in self.streams.values():
+            if stream.watch is not None and stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+                # Nothing can come: the peer has its time when the connection is back.
+                self.unwatch(stream)
+                self._owing.append(stream)
         self.arm(self.resumption.due)
         if self.leaving.begun:
             self._drain_on(now)
@@ -560,6 +568,7 @@ class Mux:
         self.opens.clear()
         self.control.clear()
         self.owed.clear()
+        self._owing.clear()
         # First all of them, then the sinks: whatever those call finds every stream at its end.
         for stream, _ in streams:
             stream.end()

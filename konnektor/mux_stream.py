@@ -23,7 +23,7 @@ from konnektor.states import RECEIVE, SEND, Event, Receiving, Sending
 if TYPE_CHECKING:
     from konnektor.mux import Mux
 
-__all__ = ["DatagramSink", "MuxStream", "Sink"]
+__all__ = ["DatagramSink", "MuxStream", "Sink", "check_priority"]
 
 
 class Sink(Protocol):
@@ -75,6 +75,7 @@ class MuxStream:
         sink: where events go; may be exchanged at any time.
         queued: bytes waiting to be sent.
         datagrams: those waiting to be sent; None if the stream's type has none.
+        pinned: a rule of this side's set class and weight, and the peer's PRIORITY does not change them.
         low_water: where ``sink.writable`` is called after ``want_room``.
         deadline: when the opening is given up.
     """
@@ -93,6 +94,7 @@ class MuxStream:
         "in_control",
         "low_water",
         "name",
+        "pinned",
         "place",
         "priority",
         "priority_due",
@@ -153,6 +155,7 @@ class MuxStream:
         self.spent_at = 0.0
         self.priority = priority
         self.weight = 1
+        self.pinned = False
         # what is to be said at the next rendering
         self.in_control = False
         self.accept_tlvs: Mapping[int, bytes] | None = None
@@ -351,13 +354,21 @@ class MuxStream:
 
         The peer learns the latest state; whoever changes it more often than once a second may find that it learns it late.
         """
-        if not (0 <= priority <= 2 and 1 <= weight <= 255):
-            raise LocalProtocolError(f"class {priority} and weight {weight} are not 0 to 2 and 1 to 255")
+        check_priority(priority, weight)
         self.priority, self.weight = priority, weight
         if self.sending is not Sending.UNSENT and self.receiving in (Receiving.OPEN, Receiving.AWAITING):
             self.priority_due = True
             if self.sending is not Sending.UNDECIDED:
                 self._mux.want_control(self)
+
+    def pin(self, priority: int, weight: int) -> None:
+        """``prioritize`` by a rule of this side's: here it holds whatever the peer asks for, who is asked for the same.
+
+        With rules at both ends each decides what it sends itself; whose PRIORITY comes last decides nothing.
+        """
+        self.pinned = True
+        if (priority, weight) != (self.priority, self.weight):
+            self.prioritize(priority, weight)
 
     def release(self) -> None:
         """The handler of a stream the peer opened is done with it; its place may be given to another."""
@@ -448,6 +459,12 @@ class MuxStream:
         self.send_window.assert_invariants()
         assert self.queued == sum(map(len, self._queue or ()))
         assert not self.datagrams or self.sending in (Sending.OPEN, Sending.FINISHING, Sending.UNSENT)
+
+
+def check_priority(priority: int, weight: int) -> None:
+    """Raises LocalProtocolError if there is no such class or weight."""
+    if not (0 <= priority <= 2 and 1 <= weight <= 255):
+        raise LocalProtocolError(f"class {priority} and weight {weight} are not 0 to 2 and 1 to 255")
 
 
 def _check_code(code: int) -> None:

@@ -24,10 +24,12 @@ from konnektor.addresses import (
     IPNetwork,
     Protocol,
     format_hostport,
+    format_hosts,
+    format_ports,
     format_protocol,
     parse_host,
     parse_network,
-    parse_port,
+    parse_ports,
     parse_worker_name,
     quote,
     split_port,
@@ -36,9 +38,7 @@ from konnektor.addresses import (
 )
 from konnektor.errors import ConfigurationError, DeniedError
 
-__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "tcp", "udp"]
-
-_ANY_PORT: Final = range(1, 65536)
+__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "parse_rule", "tcp", "udp"]
 
 _SPECIAL_V4: Final = (
     ("0.0.0.0/8", "unspecified"),  # Linux connects 0.0.0.0 to itself
@@ -99,20 +99,7 @@ class AllowRule:
     protocol: Protocol = "tcp"
 
     def __str__(self) -> str:
-        return format_protocol(self.protocol) + self._destination()
-
-    def _destination(self) -> str:
-        if isinstance(self.host, str):
-            host = self.host
-        else:
-            host = str(self.host)
-            if self.host.prefixlen == self.host.max_prefixlen:
-                host = str(self.host.network_address)
-            if ":" in host:
-                host = f"[{host}]"
-        if _ANY_PORT in self.ports:
-            return f"{host}:*"
-        return f"{host}:{','.join(f'{r[0]}-{r[-1]}' if len(r) > 1 else str(r[0]) for r in self.ports)}"
+        return f"{format_protocol(self.protocol)}{format_hosts(self.host)}:{format_ports(self.ports)}"
 
     def covers_port(self, port: int, protocol: Protocol = "tcp") -> bool:
         """Whether the port is one of the rule's."""
@@ -153,13 +140,26 @@ def udp(host: str, ports: int | str) -> AllowRule:
 def _rule(host: str, ports: int | str, protocol: Protocol) -> AllowRule:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    return AllowRule(_parse_rule_host(host), _parse_ports(str(ports)), protocol)
+    return AllowRule(_parse_rule_host(host), parse_ports(str(ports)), protocol)
 
 
 def parse_allow(text: str) -> AllowRule:
     """``HOST-OR-CIDR:PORTS``, such as ``10.0.0.0/8:80,443``, ``*.svc.example:*`` or ``[::1]:8000-8100``.
 
     With ``udp:`` in front it is a rule for UDP, else for TCP.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    return AllowRule(*parse_rule(text))
+
+
+def parse_rule(text: str, *, any_host: bool = False) -> tuple[IPNetwork | str, tuple[range, ...], Protocol]:
+    """Hosts, ports and protocol of a rule of any kind.
+
+    Args:
+        text: as for ``parse_allow``.
+        any_host: whether ``*`` may stand for every host, where nothing is opened by it.
 
     Raises:
         ConfigurationError: one sentence that says what to write.
@@ -171,7 +171,7 @@ def parse_allow(text: str) -> AllowRule:
         raise ConfigurationError(
             f"rule {quote(text)} is not HOST:PORTS: write it as 10.0.0.0/8:80,443 or db.example:5432 or [::1]:*"
         ) from None
-    return AllowRule(_parse_rule_host(host), _parse_ports(ports), protocol)
+    return host if any_host and host == "*" else _parse_rule_host(host), parse_ports(ports), protocol
 
 
 def parse_grant_from(text: str) -> tuple[str, AllowRule]:
@@ -195,24 +195,6 @@ def _parse_rule_host(text: str) -> IPNetwork | str:
             raise ConfigurationError(f"host {quote(text)} puts '*.' before an address: write a CIDR")
         return "*." + suffix
     return parse_network(text)
-
-
-def _parse_ports(text: str) -> tuple[range, ...]:
-    return tuple(_parse_port_range(part) for part in text.split(","))
-
-
-def _parse_port_range(text: str) -> range:
-    if text == "*":
-        return _ANY_PORT
-    first, dash, last = text.partition("-")
-    try:
-        low = parse_port(first)
-        high = parse_port(last) if dash else low
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{error}: write ports as *, 80,443 or 8000-8100") from None
-    if high < low:
-        raise ConfigurationError(f"ports {quote(text)} run backwards: write {high}-{low}")
-    return range(low, high + 1)
 
 
 class AllowList:

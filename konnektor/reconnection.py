@@ -21,6 +21,7 @@ from konnektor.errors import (
 from konnektor.rejoin import Rejoin
 
 if TYPE_CHECKING:
+    from konnektor.continuity import Continuity
     from konnektor.session import Session
 
 __all__ = ["Reconnection"]
@@ -29,8 +30,9 @@ __all__ = ["Reconnection"]
 class Reconnection:
     """A connection on its way to becoming the session's; what ``Rejoin`` reports to."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, continuity: Continuity) -> None:
         self._session = session
+        self._continuity = continuity
         self._driver = Driver(self._connected, self._lost)
         self._rejoin = Rejoin(session._mux, self, os.urandom(32))
         self._driver.mux = self._rejoin
@@ -58,7 +60,7 @@ class Reconnection:
             if session.closed and isinstance(error, OSError | SessionError):
                 raise SessionClosedError("the session ended meanwhile") from error
             if isinstance(error, ResumeRefusedError):
-                session.refused(error)
+                self._continuity.refused(error)
                 raise
             if isinstance(error, TimeoutError):
                 raise HandshakeError(f"not resumed within {2 * within:g} s") from error
@@ -75,7 +77,7 @@ class Reconnection:
 
     def _connected(self, transport: asyncio.Transport) -> None:
         try:
-            self._session.judge(transport.get_extra_info("ssl_object"))
+            self._continuity.judge(transport.get_extra_info("ssl_object"))
         except KonnektorError as error:
             self._reason = error
             self._rejoin.close(Code.IDENTITY, str(error))
@@ -86,8 +88,8 @@ class Reconnection:
 
     def rejoined(self) -> None:
         """The session goes on."""
-        self._session.adopt(self._driver)
-        self._session.go_on()
+        self._continuity.adopt(self._driver)
+        self._continuity.go_on()
         if not self._done.done():
             self._done.set_result(None)
 

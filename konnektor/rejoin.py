@@ -128,7 +128,9 @@ class Rejoin:
     def _take(self, frame: Frame | None, now: float) -> bool:
         """One frame's effect. True if the multiplexer has taken over."""
         match frame:
-            case Hello(vmin, vmax, nonce) if not self.hello_received:
+            case Hello(vmin, vmax, nonce, tlvs) if not self.hello_received:
+                if HelloTLV.RESUME_INTENT in tlvs:
+                    raise ProtocolError("RESUME_INTENT in a server's HELLO")
                 if not vmin <= VERSION <= vmax:
                     raise VersionError(f"the session speaks version {VERSION}, the peer now {vmin} to {vmax}")
                 self.hello_received = True

@@ -187,7 +187,7 @@ class Resumption:
             mux.acked(rx_seq, now)
         mux.flight.reconnected()
         self.replaying = self.replay.rest(mux.flight.delivered)
-        mux.reconnected()
+        mux.reconnected(now)
 
 
 def unreachable(*, refused: bool = True) -> StreamError:

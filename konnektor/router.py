@@ -62,6 +62,16 @@ class Route:
         """The match if it is a glob."""
         return self.match if isinstance(self.match, str) and ("*" in self.match or "?" in self.match) else None
 
+    def matches(self, destination: IPAddress | str) -> bool:
+        """Whether the destination is one of its: an address (not an IPv4-mapped one), or a name in lower case."""
+        if self.match is None:
+            return True
+        if not isinstance(self.match, str):
+            return not isinstance(destination, str) and destination in self.match
+        return isinstance(destination, str) and (
+            destination == self.match if self.glob is None else fnmatchcase(destination, self.match)
+        )
+
     def covers(self, other: Route) -> bool:
         """Whether a grant of this route is also one of the other, which is the same or narrower."""
         if self == other:

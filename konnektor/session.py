@@ -16,32 +16,27 @@ from importlib.metadata import version
 from typing import Any, Final, Self, TypeVar
 
 from konnektor.addresses import format_hostport
+from konnektor.continuity import Continuity
 from konnektor.driver import Alarm, Driver, clock
 from konnektor.errors import (
     CalmError,
     Code,
     HandshakeError,
-    IdentityError,
     KonnektorError,
-    LocalProtocolError,
-    PeerError,
-    ResumeRefusedError,
     SessionClosedError,
     SessionError,
     SessionLost,
-    StreamError,
     describe,
 )
 from konnektor.frames import Feature, Resume
-from konnektor.handlers import Handlers, StreamHandler
+from konnektor.handlers import Handlers
 from konnektor.handshake import explain
 from konnektor.limits import Limits
 from konnektor.listener import StreamListener
 from konnektor.mux import Mux, MuxStream, Role, Sink
-from konnektor.reconnection import Reconnection
 from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
+from konnektor.serving import Classify, Serving
 from konnektor.settings import Settings
-from konnektor.states import Sending
 from konnektor.stream import Inbox, Stream
 from konnektor.stream_types import StreamType, Tcp, Udp
 from konnektor.transport import StreamTransport
@@ -127,6 +122,7 @@ class Session:
         check_peer: Callable[[Session], None] | None = None,
         check_hello: Callable[[Session], None] | None = None,
         find_session: Callable[[bytes], Session | None] | None = None,
+        classify: Classify | None = None,
     ) -> None:
         self.loop: Final = asyncio.get_running_loop()
         self.number = next(_numbers)
@@ -140,22 +136,20 @@ class Session:
         self._check_peer = check_peer
         self._check_hello = check_hello
         self._tasks: set[asyncio.Task[None]] = set()
-        self._listeners: dict[str, StreamListener[Any]] = {}
         self._pings: dict[int, list[asyncio.Future[float]]] = {}
         self._hello: asyncio.Future[None] = self.loop.create_future()
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._lost_reason: Exception | None = None
-        self._find_session = find_session
+        self._closed_here = False
+        self._classify = classify
+        self._serving = Serving(self, classify)
+        self._continuity = Continuity(self, find_session)
         self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
         self.on_suspended: Callable[[Session], None] | None = None
         self.on_resumed: Callable[[Session], None] | None = None
         self.on_ended: Callable[[Session], None] | None = None
         self.log = _Log(logger, {"session": self.number})
-        self._resumed = 0
-        self._reconnection: Reconnection | None = None
-        self._sent_before = self._received_before = 0
-        """Bytes on connections that are gone."""
         self._driver = Driver(self._connected, self._connection_lost)
         self._alarm = Alarm(self._due, self._failed)
         # Straight to the driver and the timer: called once or twice in every turn of the loop.
@@ -258,17 +252,7 @@ class Session:
             SessionClosedError: it was over before, or ended meanwhile.
             LocalProtocolError: it is not suspended, or another attempt is under way.
         """
-        if not self.suspended or self._reconnection is not None:
-            sock.close()
-            if self.closed:
-                raise SessionClosedError("the session is closed")
-            why = "not suspended" if not self.suspended else "being resumed already"
-            raise LocalProtocolError(f"the session is {why}")
-        self._reconnection = Reconnection(self)
-        try:
-            await self._reconnection.run(sock, tls, server_name)
-        finally:
-            self._reconnection = None
+        await self._continuity.resume(sock, tls, server_name)
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""
@@ -307,21 +291,24 @@ class Session:
         early: bool = False,
         deadline: float | None = None,
         priority: int | None = None,
+        weight: int | None = None,
     ) -> Stream:
         """Opens a stream, and waits until the peer accepts it. Cancelling withdraws the request.
 
         Args:
             early: return at once; data may be sent before the peer's answer, and a refusal breaks the stream.
             deadline: seconds that the peer may take, ``Limits.open_deadline`` by default.
-            priority: class 0 interactive, 1 default, 2 bulk; the type's own by default.
+            priority: class 0 interactive, 1 default, 2 bulk; by the endpoint's rules, or the type's own, by default.
+            weight: of its class's share, compared with others of that class, 1 to 255; 1 by default.
 
         Raises:
+            LocalProtocolError: there is no such class or weight.
             StreamError: the peer refused; one class per reason.
             SessionClosedError: the session is over or draining.
             SessionLost: the session ended while waiting.
         """
         inbox = Inbox()
-        mux_stream = self.open_sink(request, inbox, deadline=deadline, priority=priority)
+        mux_stream = self.open_sink(request, inbox, deadline=deadline, priority=priority, weight=weight)
         stream = Stream(self, mux_stream, inbox, request)
         if not early:
             try:
@@ -346,18 +333,30 @@ class Session:
         return await self.open(Udp(host, port), **kwargs)
 
     def open_sink(
-        self, request: StreamType, sink: Sink, *, deadline: float | None = None, priority: int | None = None
+        self,
+        request: StreamType,
+        sink: Sink,
+        *,
+        deadline: float | None = None,
+        priority: int | None = None,
+        weight: int | None = None,
     ) -> MuxStream:
         """Opens a stream whose events go to a sink of yours, without waiting; for relays like ``Splice``."""
-        return self._mux.open(
+        rule = self._classify(request) if self._classify is not None and priority is None and weight is None else None
+        if rule is not None:
+            priority, weight = rule
+        stream = self._mux.open(
             request.name,
             request.encode(),
             sink,
             now=clock(),
             priority=request.priority if priority is None else priority,
+            weight=1 if weight is None else weight,
             deadline=deadline,
             datagrams=request.datagrams,
         )
+        stream.pinned = rule is not None
+        return stream
 
     async def create_connection(
         self, protocol_factory: Callable[[], P], host: str, port: int, **kwargs: Any
@@ -378,13 +377,7 @@ class Session:
             LocalProtocolError: the type has a handler or a listener already.
             SessionClosedError: the session is over.
         """
-        request.check()
-        if self.closed:
-            raise SessionClosedError("the session is closed")
-        if request.name in self._listeners or self.handlers.get(request.name) is not None:
-            raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
-        listener = self._listeners[request.name] = StreamListener(self, request)
-        return listener
+        return self._serving.listen(request)
 
     # Asking
 
@@ -429,8 +422,8 @@ class Session:
         mux = self._mux
         return SessionStats(
             streams=len(mux.streams),
-            bytes_sent=self._sent_before + mux.bytes_sent,
-            bytes_received=self._received_before + mux.bytes_received,
+            bytes_sent=self._continuity.bytes_sent + mux.bytes_sent,
+            bytes_received=self._continuity.bytes_received + mux.bytes_received,
             rtt=mux.flight.rtt,
             in_flight=mux.flight.in_flight,
             granted=mux.pool.extra,
@@ -439,7 +432,7 @@ class Session:
             datagrams_sent=mux.datagrams.sent,
             datagrams_received=mux.datagrams.received,
             datagrams_dropped=mux.datagrams.dropped,
-            resumed=self._resumed,
+            resumed=self._continuity.resumed,
         )
 
     async def ping(self) -> float:
@@ -473,6 +466,7 @@ class Session:
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         """Ends the session now, without waiting: every stream breaks with SessionLost, CLOSE says why."""
+        self._closed_here = True
         if code == Code.NO_ERROR and not self._hello.done():
             self._lost_reason = SessionClosedError("this side closed the session before it was up")
         self._mux.close(code, reason)
@@ -532,7 +526,7 @@ class Session:
             else "connection closed by the peer before its HELLO"
         )  # fmt: skip
         if self._mux.resumption.possible:
-            self._suspend(reason)
+            self._continuity.suspend(reason)
             return
         if self._mux.error is None:  # else CLOSE said why; how the connection went after it is no matter
             self._lost_reason = exc
@@ -546,88 +540,12 @@ class Session:
         if not self._closed.done():
             self._closed.set_result(None)
 
-    # Another connection
-
-    def _suspend(self, reason: str) -> None:
-        """The connection is gone, or given up; the session is not."""
-        self._driver.detach()
-        self._sent_before += self._mux.bytes_sent
-        self._received_before += self._mux.bytes_received
-        self.log.info("suspended for up to %g s: %s", self.limits.resume_grace, reason)
-        self._mux.resumption.suspend(reason, clock())
-        if self.on_suspended is not None and self.suspended:
-            self.on_suspended(self)
-
-    def connection_dead(self, reason: str) -> None:
-        """The peer does not answer on this connection."""
-        self._suspend(reason)
-
-    def resume_requested(self, frame: Resume, nonces: bytes) -> None:
-        """The client means another session: that one takes the connection over, and this one ends."""
-        found = self._find_session(frame.session_id) if self._find_session is not None else None
-        granted = (
-            found is not None and found.peer_name == self.peer_name and found._mux.resumption.may_grant(frame, nonces)
-        )
-        if found is not None and granted and not found.suspended:
-            found._suspend("the peer came back over another connection")
-        if found is None or not granted or not found.suspended:  # it may just have ended, as draining ones do
-            self._mux.close(Code.RESUME_REFUSED, "no such session")
-            return
-        driver, self._driver = self._driver, Driver(self._connected, self._connection_lost)
-        self._driver.mux = self._mux
-        self.resumed_session = found
-        found.adopt(driver)
-        found._mux.resumption.grant(frame, nonces, clock())
-        found.go_on()
-        self._mux.end(SessionError("an older session goes on over its connection"), None)
-
-    def adopt(self, driver: Driver) -> None:
-        """Takes over a connection, on which the two sides have agreed to go on with this session."""
-        transport = driver.transport
-        assert transport is not None
-        self._driver = driver
-        self.output_pending = driver.output_pending
-        driver.hand_over(self._connected, self._connection_lost, self._mux)
-        self.remote_address = transport.get_extra_info("peername")
-        self.ssl_object = transport.get_extra_info("ssl_object")
-
-    def go_on(self) -> None:
-        """It has gone on, over the connection that was adopted."""
-        if self.closed:
-            # It waited for nothing but to hear that all it had sent has arrived: CLOSE is what is left.
-            self._driver.close()
-            return
-        self._resumed += 1
-        # The PONGs of the old connection will not come.
+    def _ping_again(self) -> None:
+        """The PONGs of a connection that is gone will not come: one PING on the new one is for all who wait."""
         waiting = [future for futures in self._pings.values() for future in futures]
         self._pings.clear()
         if waiting:
             self._pings[self._mux.ping()] = waiting
-        self._driver.output_pending()
-        self.log.info("resumed")
-        if self.on_resumed is not None:
-            self.on_resumed(self)
-
-    def refused(self, error: ResumeRefusedError) -> None:
-        """There will be no other connection: the server has the session no more."""
-        self._mux.end(ResumeRefusedError(f"{self._mux.resumption.reason}, and the peer says: {error}"), None)
-
-    def judge(self, ssl_object: ssl.SSLObject | None) -> None:
-        """Is the peer on another connection the one that it was?
-
-        Raises:
-            KonnektorError: it is not.
-        """
-        if self._check_peer is None:
-            return
-        before, name = self.ssl_object, self.peer_name
-        self.ssl_object = ssl_object
-        try:
-            self._check_peer(self)
-            if self.peer_name != name:
-                raise IdentityError(f"the peer is now {self.peer_name}, and was {name}")
-        finally:
-            self.ssl_object, self.peer_name = before, name
 
     # What the multiplexer says (mux.Handler)
 
@@ -641,30 +559,15 @@ class Session:
 
     def stream_opened(self, mux_stream: MuxStream) -> None:
         """Starts the type's handler, or refuses."""
-        listener = self._listeners.get(mux_stream.name)
-        entry = listener.entry if listener is not None else self.handlers.get(mux_stream.name)
-        if entry is None:
-            mux_stream.refuse(Code.UNSUPPORTED, "no such stream type here")
-            mux_stream.release()
-            return
-        request_type, handler = entry
-        try:
-            request = request_type.decode(mux_stream.header)
-        except ValueError as error:
-            self.log.warning("refused a %s stream: %s", mux_stream.name, error)
-            mux_stream.refuse(Code.UNSUPPORTED, "malformed header")
-            mux_stream.release()
-            return
-        if request_type.datagrams:
-            if not self._mux.datagrams.agreed:
-                mux_stream.refuse(Code.UNSUPPORTED, "this session has no datagrams")
-                mux_stream.release()
-                return
-            mux_stream.carry_datagrams()
-        inbox = Inbox()
-        mux_stream.sink = inbox
-        stream = Stream(self, mux_stream, inbox, request)
-        _ = self.spawn(self._serve(stream, inbox, handler))
+        self._serving.opened(mux_stream)
+
+    def connection_dead(self, reason: str) -> None:
+        """The peer does not answer on this connection."""
+        self._continuity.suspend(reason)
+
+    def resume_requested(self, frame: Resume, nonces: bytes) -> None:
+        """The client means another session."""
+        self._continuity.requested(frame, nonces)
 
     def pong_received(self, opaque: int, rtt: float) -> None:
         """Wakes the callers of ``ping``."""
@@ -684,7 +587,7 @@ class Session:
             who = self._peer()
             if error.limit:
                 self.log.warning("ended the session with %s, which sent too many %s: %s", who, error.limit, error)
-            else:
+            elif not self._closed_here:
                 self.log.warning("%s ended the session, because this side exceeded a limit: %s", who, error)
         if not self._hello.done():
             self._hello.set_result(None)
@@ -693,13 +596,11 @@ class Session:
                 if not future.done():
                     future.set_exception(SessionLost(str(error), error.code))
         self._pings.clear()
-        for listener in list(self._listeners.values()):
-            listener.close()
+        self._serving.ended()
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
-        if self._reconnection is not None:
-            self._reconnection.session_ended(error)
+        self._continuity.ended(error)
         if self._driver.transport is None:
             self._finish()
         else:
@@ -717,36 +618,3 @@ class Session:
         if self.closed:
             task.cancel()
         return task
-
-    async def _serve(self, stream: Stream, inbox: Inbox, handler: StreamHandler) -> None:
-        """Runs a handler and sees to it that its stream gets an answer and an end."""
-        mux_stream = inbox.mux
-        task = asyncio.current_task()
-        assert mux_stream is not None
-        assert task is not None
-        code: int = Code.INTERNAL
-        failed = True
-        try:
-            # Only from here on: a task that is cancelled before its first step never gets to the end below.
-            inbox.on_cancel = task.cancel
-            if not stream.decided:
-                await handler(stream, stream.request)
-            failed = False
-        except asyncio.CancelledError:
-            code = Code.CANCELLED
-            raise
-        except PeerError as error:
-            code = error.code if isinstance(error, StreamError) else Code.CANCELLED
-            self.log.info("%s stream %d: %s", mux_stream.name, stream.id, error)
-        except Exception:
-            self.log.exception("the handler of a %s stream failed", mux_stream.name)
-        finally:
-            if not stream.detached:
-                if mux_stream.sending is Sending.UNDECIDED and not failed:
-                    self.log.error("the handler of a %s stream neither accepted nor rejected it", mux_stream.name)
-                    failed = True
-                if failed:
-                    stream.reset(code, describe(code))
-                else:
-                    stream.close()
-                mux_stream.release()

@@ -212,6 +212,32 @@ class Stream(anyio.abc.ByteStream):
             StreamAttribute.stream_id: lambda: self._mux.id,
         }
 
+    # Scheduling
+
+    @property
+    def priority(self) -> int:
+        """Class by which this side sends: 0 interactive, 1 default, 2 bulk."""
+        return self._mux.priority
+
+    @property
+    def weight(self) -> int:
+        """Weight by which this side sends, among the streams of its class: 1 to 255."""
+        return self._mux.weight
+
+    def set_priority(self, priority: int, weight: int = 1) -> None:
+        """Changes class and weight from here on, and asks the peer to send its direction so, too.
+
+        The peer learns the latest state, and no more often than once a second; a rule of its own comes first there.
+
+        Args:
+            priority: class 0 interactive, 1 default, 2 bulk, whose shares of the path are 8, 4 and 1.
+            weight: 1 to 255, which multiplies the share.
+
+        Raises:
+            LocalProtocolError: there is no such class or weight.
+        """
+        self._mux.prioritize(priority, weight)
+
     # Opening
 
     @property

@@ -6,19 +6,35 @@ import contextlib
 import socket
 from collections.abc import Callable
 from functools import partial
+from ipaddress import ip_address
+from typing import NamedTuple
 
 from konnektor.addresses import Protocol, format_hostport, format_protocol
 from konnektor.changes import Changes
 from konnektor.dial import dial, dial_udp, reset_on_close
-from konnektor.errors import StreamError
+from konnektor.errors import Code, DeniedError, StreamError
+from konnektor.mux import MuxStream
 from konnektor.policy import AllowList
 from konnektor.session import Session
-from konnektor.splice import splice
+from konnektor.splice import Splice, splice
 from konnektor.stream import Stream
 from konnektor.stream_types import Tcp, Udp
 from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 
 __all__ = ["Targets"]
+
+
+class _Target(NamedTuple):
+    """What a socket is for."""
+
+    session: Session
+    stream: MuxStream
+    host: str
+    port: int
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        return format_protocol(self.protocol) + format_hostport(self.host, self.port)
 
 
 class Targets:
@@ -34,7 +50,7 @@ class Targets:
     def __init__(self, allowed: Callable[[Session], AllowList], udp_idle: float = IDLE) -> None:
         self._allowed = allowed
         self.udp_idle = udp_idle
-        self._open: set[socket.socket] = set()
+        self._open: dict[socket.socket, _Target] = {}
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
         self._changes = Changes()
@@ -48,7 +64,6 @@ class Targets:
         sock = await self._dial(stream, request)
         if sock is None:
             return
-        self._open.add(sock)
         closed = partial(self._closed, sock)
         try:
             await splice(stream, sock, on_closed=closed)
@@ -60,30 +75,56 @@ class Targets:
         """The handler for ``Udp``: as ``serve``, but that there is nobody to connect to, and no end but silence."""
         sock = await self._dial(stream, request)
         if sock is not None:
-            self._open.add(sock)
             relay = await relay_udp(stream, sock, idle=self.udp_idle, on_closed=partial(self._closed, sock))
             self._relays[sock] = relay
             if self._leaving:
                 relay.leave()
 
     async def _dial(self, stream: Stream, request: Tcp | Udp) -> socket.socket | None:
-        """A socket for the target, or None: then the stream is refused."""
+        """A socket for the target, which is open from here on, or None: then the stream is refused."""
         session, host, port = stream.session, request.host, request.port
         allow = self._allowed(session)
         protocol: Protocol = "udp" if isinstance(request, Udp) else "tcp"
+        target = _Target(session, stream._mux, host, port, protocol)
         try:
             allow.check_name(host, port, protocol)
-            return await (dial_udp if protocol == "udp" else dial)(
+            sock = await (dial_udp if protocol == "udp" else dial)(
                 host, port, check=allow.checker(host, port, protocol)
             )
+            if self._allowed(session) is not allow:  # the rules have changed meanwhile
+                try:
+                    self._check(sock, target)
+                except DeniedError:
+                    sock.close()
+                    raise
         except StreamError as error:
-            target = format_protocol(protocol) + format_hostport(host, port)
             session.log.warning("refused %s a stream to %s: %s", session.peer_name, target, error)
             await stream.reject(error.code)
             return None
+        self._open[sock] = target
+        return sock
+
+    def _check(self, sock: socket.socket, target: _Target) -> None:
+        """Raises DeniedError if the rules as they are now do not allow what was dialed."""
+        try:
+            address = ip_address(sock.getpeername()[0].partition("%")[0])
+        except OSError:
+            return  # it is gone already
+        self._allowed(target.session).check_address(target.host, address, target.port, target.protocol)
+
+    def judge(self) -> None:
+        """The rules have changed: what they no longer allow ends, for its peer with DENIED."""
+        for sock, target in list(self._open.items()):
+            try:
+                self._check(sock, target)
+            except DeniedError as error:
+                target.session.log.warning("ended a stream of %s to %s: %s", target.session.peer_name, target, error)
+                target.stream.break_off(DeniedError("no longer allowed"), Code.DENIED)
+                if isinstance(joint := target.stream.sink, Splice):
+                    joint.break_off()  # the socket may have outlived what the stream had to say
 
     def _closed(self, sock: socket.socket) -> None:
-        self._open.discard(sock)
+        self._open.pop(sock, None)
         self._relays.pop(sock, None)
         self._changes.notify()
 

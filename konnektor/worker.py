@@ -26,6 +26,7 @@ from konnektor.frames import Feature
 from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.policy import AllowList, AllowRule
+from konnektor.priorities import PriorityRule
 from konnektor.router import parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session
 from konnektor.settings import Settings
@@ -85,11 +86,12 @@ class Worker(Endpoint):
         routes: destinations to claim: ``host=GLOB``, ``cidr=NET``, ``default``.
         server_name: what control planes' certificates must name, if not the host that is dialed.
         limits: of each session.
+        priorities: class and weight of streams by their destination, ``PATTERN=CLASS[:WEIGHT]``; the first that fits.
         labels: free pairs to declare.
         once: connect once; a failure, or the end of the session, ends the worker.
 
     Raises:
-        ConfigurationError: an address, name or route is not one.
+        ConfigurationError: an address, name, route or rule is not one.
         CertificateError: the files cannot be used.
     """
 
@@ -104,6 +106,7 @@ class Worker(Endpoint):
         routes: Sequence[str] = (),
         server_name: str | None = None,
         limits: Limits | None = None,
+        priorities: Iterable[PriorityRule | str] = (),
         labels: Mapping[str, str] | None = None,
         once: bool = False,
     ) -> None:
@@ -113,7 +116,7 @@ class Worker(Endpoint):
         self._server_name = None if server_name is None else canonical_host(server_name)
         self._once = once
         self.allow = AllowList(allow)
-        super().__init__(tls, tls.client_context, lambda _session: self.allow, limits)
+        super().__init__(tls, tls.client_context, lambda _session: self.allow, limits, priorities)
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
@@ -126,6 +129,14 @@ class Worker(Endpoint):
         self._sessions: dict[tuple[str, int], Session] = {}
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
+
+    def set_allow(self, rules: Iterable[AllowRule]) -> None:
+        """Replaces the rules of ``allow`` at once: streams that the new ones do not allow end with DENIED.
+
+        So do those of sessions that wait for a connection; their peers hear of it when there is one.
+        """
+        self.allow = AllowList(rules)
+        self._targets.judge()
 
     # Life
 
@@ -283,6 +294,7 @@ class Worker(Endpoint):
                 handlers=self.handlers,
                 settings=self._settings,
                 check_peer=check_peer,
+                classify=self._priorities.of,
             )
         except HandshakeError as error:
             raise HandshakeError(explain(error.__cause__, peer)) from error

@@ -8,7 +8,7 @@ shows as a test that hangs still, instead of being covered up by polling.
 import itertools
 import math
 
-from konnektor.errors import CalmError, SessionError
+from konnektor.errors import CalmError, Code, SessionError
 from konnektor.frames import Feature
 from konnektor.limits import KIB, Limits
 from konnektor.mux import Mux
@@ -145,6 +145,9 @@ class Side:
         self.lose()
 
     # another connection
+
+    def resume_requested(self, frame, nonces):
+        self.mux.close(Code.RESUME_REFUSED, "no such session")
 
     def lose(self):
         """The connection is gone, as this side sees it; what it had written may still arrive."""
@@ -283,9 +286,9 @@ class Side:
 class Newcomer:
     """The server's side of a new connection, as the session does it: a fresh mux, until its RESUME is judged."""
 
-    def __init__(self, server, target=None):
+    def __init__(self, server, knows=None):
         self.server = server
-        self.target = target or server
+        self.knows = knows  # the id of the server's session, if it is looked up by that
         self.limits = server.limits
         self.error = None
         settings = server.mux.settings
@@ -303,8 +306,9 @@ class Newcomer:
 
     def resume_requested(self, frame, nonces):
         server, mux = self.server, self.server.mux
-        if not mux.resumption.may_grant(frame, nonces):
-            self.mux.close(11, "no such session")
+        found = self.knows is None or frame.session_id == self.knows
+        if not (found and mux.resumption.may_grant(frame, nonces)):
+            self.mux.close(Code.RESUME_REFUSED, "no such session")
             return
         if not mux.resumption.suspended:
             server.lose()

@@ -10,6 +10,7 @@ from konnektor.addresses import Forward, format_hostport, format_protocol, parse
 from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.control_plane import ControlPlane
 from konnektor.frontends.urls import Frontend, parse_frontend
+from konnektor.limits import parse_size
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
 from konnektor.runtime import run, serve
@@ -64,6 +65,13 @@ def _listen(text: str) -> str:
     help="Let streams of worker NAME reach an address here; TCP unless it says udp:. "
     "Example: --allow-from node-1=10.0.0.1:6443",
 )
+@click.option(
+    "--memory",
+    type=Parsed("size", parse_size),
+    metavar="SIZE",
+    help="Bound on what all sessions together may be granted, each its receive pool and replay buffer: workers that there "
+    "is no room for are refused. Default: no bound. Example: --memory 4GiB --receive-pool 16MiB --max-streams 256",
+)
 @endpoint_options
 def control_plane(
     common: Common,
@@ -72,6 +80,7 @@ def control_plane(
     forwards: tuple[Forward, ...],
     grants: tuple[tuple[str, Route], ...],
     allow_from: tuple[tuple[str, AllowRule], ...],
+    memory: int | None,
 ) -> int:
     """Accept workers, and let clients use what they reach.
 
@@ -80,7 +89,13 @@ def control_plane(
 
     async def main() -> int:
         endpoint = ControlPlane(
-            listen, tls=common.tls, grant_routes=grants, allow_from=allow_from, limits=common.limits
+            listen,
+            tls=common.tls,
+            grant_routes=grants,
+            allow_from=allow_from,
+            limits=common.limits,
+            memory=memory,
+            priorities=common.priorities,
         )
 
         async def life() -> None:

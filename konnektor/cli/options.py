@@ -15,6 +15,7 @@ import click
 
 from konnektor.errors import ConfigurationError
 from konnektor.limits import Limits, format_size, parse_size
+from konnektor.priorities import PriorityRule, parse_priority
 from konnektor.runtime import set_up_logging
 from konnektor.tls import TLSFiles
 
@@ -99,6 +100,16 @@ _OPTIONS: Final = (
         help="Bytes kept, of each session, to be sent again after that. Example: --replay-buffer 64MiB",
     ),
     click.option(
+        "--priority",
+        "priorities",
+        multiple=True,
+        type=Parsed("priority", parse_priority),
+        metavar="[udp:]HOST-OR-CIDR:PORTS=CLASS[:WEIGHT]",
+        help="What streams to a destination are served as, in both directions: interactive, default or bulk, whose "
+        "shares are 8, 4 and 1, times a weight of 1 to 255; * is any host; the first that fits. "
+        "Example: --priority '*:22,10250=interactive' --priority 10.0.0.0/8:873=bulk --priority db.example:5432=default:4",
+    ),
+    click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
@@ -116,6 +127,7 @@ class Common:
     tls: TLSFiles
     limits: Limits
     grace: float
+    priorities: tuple[PriorityRule, ...]
 
 
 def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -132,13 +144,14 @@ def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         grace: float,
         resume_grace: float,
         replay_buffer: int,
+        priorities: tuple[PriorityRule, ...],
         log_format: str,
         verbose: int,
         **own: Any,
     ) -> int:
         set_up_logging(log_format, verbose)
         limits = _limits(max_streams, receive_pool, resume_grace=resume_grace, replay_buffer=replay_buffer)
-        return command(Common(TLSFiles(ca, cert, key), limits, grace), **own)
+        return command(Common(TLSFiles(ca, cert, key), limits, grace, priorities), **own)
 
     return functools.reduce(lambda decorated, option: option(decorated), reversed(_OPTIONS), with_common)
 

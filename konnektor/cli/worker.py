@@ -81,6 +81,7 @@ def worker(
             server_name=server_name,
             once=once,
             limits=common.limits,
+            priorities=common.priorities,
         )
 
         async def life() -> None:

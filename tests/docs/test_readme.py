@@ -151,13 +151,13 @@ def test_every_flag_is_on_the_screen_and_every_flag_there_exists():
     from konnektor.cli.main import cli
 
     (screen,) = [block for language, block in BLOCKS if language == "text"]
-    both = next(line for line in screen.splitlines() if line.startswith("both:"))
     sections = re.split(r"^(?=konnektor |both:)", screen, flags=re.MULTILINE)
     for words in (["pki", "init"], ["pki", "issue"], ["control-plane"], ["worker"], ["demo"]):
         command = cli
         for word in words:
             command = command.commands[word]
         (section,) = [text for text in sections if re.sub(" +", " ", text).startswith(f"konnektor {' '.join(words)} ")]
+        both = next(text for text in sections if text.startswith("both:"))
         if words in (["control-plane"], ["worker"]):
             section += both
         # Of an option with several spellings, one is enough. Another command's in an explanation is not meant.

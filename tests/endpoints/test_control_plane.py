@@ -11,9 +11,12 @@ import pytest
 import konnektor as kk
 import konnektor.control_plane
 import konnektor.worker
-from konnektor.addresses import parse_forward
+from konnektor.addresses import parse_forward, parse_hostport
+from konnektor.dial import dial
 from konnektor.frames import HEADER
 from konnektor.router import parse_route
+from konnektor.settings import Settings
+from konnektor.testing import FaultProxy
 from tests.endpoints.parts import (
     Certificates,
     Goodbye,
@@ -365,6 +368,101 @@ async def test_the_worker_goes_while_it_dials(certs):
             t.session.abort()
             with pytest.raises(kk.SessionLost):
                 await opening
+
+
+class Hold(kk.StreamType):
+    """Keeps a session that drains from ending."""
+
+    name = "hold@test.example"
+
+
+async def test_at_most_eight_sessions_of_a_worker(certs, log):
+    """Draining ones included, as one that connects without end would have them. Another worker is let in meanwhile."""
+
+    async def hold(stream, _request):
+        await stream.accept()
+        await stream.receive()
+
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, contextlib.AsyncExitStack() as stack:
+
+        async def connect(name="node-1"):
+            handlers = kk.Handlers()
+            handlers.add(Hold, hold)
+            sock = await dial(*parse_hostport(plane.address))
+            settings = Settings.of(kk.Limits(), instance=b"one process, not")
+            context = certs.worker(name).client_context()
+            session = await kk.Session.client(
+                sock, tls=context, server_name="127.0.0.1", handlers=handlers, settings=settings
+            )
+            return await stack.enter_async_context(session)
+
+        mine, streams = [], []
+        for n in range(8):
+            mine.append(await connect())
+            await until(lambda: len(plane._live) == n + 1)  # noqa: B023 - awaited here
+            streams.append(await (await plane.wait_for("node-1")).open(Hold()))
+        assert [session.draining for session in plane._live].count(False) == 1
+        for _ in range(2):
+            with pytest.raises(kk.HandshakeError) as caught:
+                await connect()
+            assert isinstance(caught.value.__cause__, kk.CalmError)
+            assert str(caught.value) == "node-1 has 8 sessions already"
+        await until(lambda: len([line for line in log() if line.startswith("refused ")]) == 2)
+        line, again = [line for line in log() if line.startswith("refused ")]
+        assert line.startswith("refused worker node-1 at 127.0.0.1:")
+        assert line.endswith(": it has 8 sessions already, as many as one worker may have")
+        assert again.endswith("as many as one worker may have")
+        # What is there is not disturbed: new streams still go to the eighth.
+        async with await plane.get("node-1").open(Hold()):
+            assert mine[-1].stream_count == 2
+        await connect("node-2")
+        await streams[0].aclose()
+        await until(lambda: mine[0].closed)
+        await connect()
+        for stream in streams:
+            stream.reset()
+
+
+async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
+    """Whoever there is no room for waits outside, and gets in when there is; nobody inside notices."""
+    limits = kk.Limits(initial_streams=8, receive_pool=2**20, replay_buffer=2**20)
+    assert limits.session_memory == 2 * 2**20
+    assert dataclasses.replace(limits, resume_grace=0).session_memory == 2**20
+    with pytest.raises(kk.ConfigurationError, match="memory 1MiB is less than one session may be granted, 2MiB"):
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=2**20)
+    async with (
+        target() as echo,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=5 * 2**20) as plane,
+        kk.Worker([plane.address], tls=certs.worker("a"), allow=[kk.tcp("127.0.0.1", echo.port)]),
+        FaultProxy(plane.address) as proxy,
+    ):
+        async with kk.Worker([proxy.address], tls=certs.worker("b"), allow=[kk.tcp("127.0.0.1", echo.port)]):
+            streams = [await (await plane.wait_for(name)).open_tcp("127.0.0.1", echo.port) for name in ("a", "b")]
+            text = await refused(plane, certs.worker("c"))
+            assert text.endswith("no memory is left for another session")
+            assert plane.get("c") is None
+            # What is there goes on: also over another connection.
+            proxy.cut()
+            await until(lambda: plane.get("b").stats().resumed == 1)
+            for stream in streams:
+                await stream.send(b"x")
+                assert await stream.receive() == b"x"
+            await streams[1].aclose()
+        async with kk.Worker([plane.address], tls=certs.worker("c")):
+            await plane.wait_for("c")
+            await streams[0].aclose()
+    (line,) = [line for line in log() if line.startswith("refused worker")]
+    assert line.startswith("refused worker c at 127.0.0.1:")
+    assert line.endswith(": its session would exceed the memory of 5MiB for all")
+
+
+async def test_what_this_side_ends_is_not_told_as_the_peers_doing(certs, log):
+    async with tunnel(certs) as t:
+        client = t.worker.sessions[0]
+        t.session.close(kk.Code.CALM, "enough")
+        await until(lambda: client.closed)
+    told = [line for line in log() if "ended the session, because this side exceeded a limit: enough" in line]
+    assert len(told) == 1 and "cp at" in told[0]
 
 
 # Events

@@ -1,5 +1,7 @@
 """Limits are validated at the time they are made, each with a sentence that names it."""
 
+import dataclasses
+
 import pytest
 
 from konnektor.errors import ConfigurationError
@@ -78,3 +80,9 @@ def test_format_size():
         "3MiB",
         "4GiB",
     ]
+
+
+def test_what_a_session_may_be_granted():
+    limits = Limits(initial_streams=8, receive_pool=2 * MIB, replay_buffer=MIB)
+    assert limits.session_memory == 3 * MIB
+    assert dataclasses.replace(limits, resume_grace=0).session_memory == 2 * MIB

@@ -6,7 +6,7 @@ from konnektor.credit import TURN
 from konnektor.errors import PeerTimeoutError
 from konnektor.frames import Data, Ping
 from konnektor.limits import KIB, MIB, Limits
-from tests.link import Link
+from tests.link import Link, Meter
 from tests.pair import Pair
 
 PATHS = [(0.001, 50e6), (0.010, 20e6), (0.050, 20e6), (0.200, 4e6)]
@@ -146,6 +146,48 @@ def test_ping_is_bounded_under_saturation(both_ways):
     assert max(round_trips) < (1 + 2 * (1 + both_ways)) * (0.020 + 0.002)
     for meter in (theirs, ours)[: 1 + both_ways]:
         assert link.goodput(meter, 2) > 0.7 * link.rate
+
+
+class Echo(Meter):
+    def data_received(self, data):
+        super().data_received(data)
+        self.stream.write(bytes(data))
+
+
+def keystrokes(link, ours, count):
+    """The round trips of single bytes that are echoed, one a tenth of a second."""
+    took = []
+    for _ in range(count):
+        pressed, seen, echoed = link.pair.now, ours.received, []
+        link.watch = lambda seen=seen, echoed=echoed: ours.received > seen and echoed.append(link.pair.now)
+        ours.stream.write(b"k")
+        link.run(0.1)
+        took.append(echoed[0] - pressed)
+    return sorted(took)
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_keystrokes_beside_16_bulk_streams(both_ways):
+    """They wait for what the cap lets into the path's queue, never for the streams; and these still fill the path."""
+    rtt, rate = 0.010, 20e6
+    _, link = linked(rtt, rate)
+    ours, theirs = link.open(priority=0)
+    Echo(theirs.stream)
+    assert keystrokes(link, ours, 10)[-1] < 1.01 * rtt
+    meters = [link.open() for _ in range(16)]
+    receiving = []
+    for n, (mine, other) in enumerate(meters):
+        sender, receiver = (other, mine) if both_ways and n % 2 else (mine, other)
+        sender.write()
+        receiving.append(receiver)
+    link.run(3)
+    before = [meter.received for meter in receiving]
+    took = keystrokes(link, ours, 50)
+    assert took[25] < 2.5 * rtt
+    assert took[-1] < 3 * rtt
+    came = [meter.received - was for meter, was in zip(receiving, before, strict=True)]
+    assert sum(came) > (2 * 0.7 if both_ways else 0.85) * rate * 5
+    assert min(came) > 0.5 * max(came)
 
 
 def test_a_receiver_of_bulk_measures_the_path_as_well():

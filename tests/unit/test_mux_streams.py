@@ -500,6 +500,7 @@ def test_calls_that_do_not_fit():
         ("n" * 256, {}),
         ("x", {"header": b"h" * 8192}),
         ("x", {"priority": 3}),
+        ("x", {"weight": 0}),
     ],
 )
 def test_opens_that_cannot_be(name, kwargs):
@@ -544,6 +545,36 @@ def test_priority_before_open_or_accept_is_not_lost():
     assert [type(f) for f in frames_of(pair.server)] == [Accept, Priority]
     pair.pump()
     assert (ours.priority, ours.weight) == (0, 9)
+
+
+def test_a_pinned_priority_is_asked_for_and_not_taken():
+    pair = Pair()
+    ours = pair.client.open(priority=2, weight=3)
+    pair.client.flush()
+    pair.client.deliver()
+    theirs = pair.server.opened[0]
+    theirs.pin(0, 9)
+    theirs.accept()
+    pair.pump()
+    assert (theirs.priority, theirs.weight) == (0, 9)
+    assert (ours.priority, ours.weight) == (0, 9), "it was asked for the same"
+    ours.prioritize(1, 1)
+    pair.pump()
+    assert (theirs.priority, theirs.weight) == (0, 9)
+    theirs.prioritize(2, 2)  # a call comes before the rule
+    pair.pump()
+    assert (theirs.priority, theirs.weight) == (ours.priority, ours.weight) == (2, 2)
+
+
+def test_a_pin_that_changes_nothing_is_not_told():
+    pair = Pair()
+    pair.client.open(priority=2)
+    pair.client.flush()
+    pair.client.deliver()
+    theirs = pair.server.opened[0]
+    theirs.pin(2, 1)
+    theirs.accept()
+    assert [type(frame) for frame in frames_of(pair.server)] == [Accept]
 
 
 def test_priority_is_not_sent_where_it_says_nothing():

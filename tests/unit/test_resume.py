@@ -8,6 +8,7 @@ from konnektor.frames import Hello, HelloTLV
 from konnektor.limits import KIB, MIB, Limits
 from konnektor.rejoin import Rejoin
 from konnektor.replay import Replay, Ticket
+from konnektor.states import Receiving
 from tests.pair import SMALL, Newcomer, Pair, Side
 
 
@@ -349,6 +350,7 @@ def test_hello_in_single_bytes_then_close():
     [
         ([Hello(2, 3, b"s" * 32)], VersionError),
         ([HELLO, HELLO], ProtocolError),
+        ([Hello(1, 1, b"s" * 32, {int(HelloTLV.RESUME_INTENT): b""})], ProtocolError),
         ([frames.Resumed(0, bytes(32))], ProtocolError),
         ([HELLO, frames.Resumed(0, bytes(32))], ProtocolError),
         ([frames.Ping(1)], ProtocolError),
@@ -364,6 +366,12 @@ def test_an_answer_that_is_none(answer, kind):
     assert isinstance(error, kind)
     assert b"\x47" in attempt.rejoin.data_to_send(0)
     assert attempt.pair.client.gone and not attempt.succeeded
+
+
+def test_a_driver_may_have_the_bytes_of_an_attempt_in_chunks():
+    one, other = Attempt(), Attempt()
+    assert b"".join(one.rejoin.chunks_to_send(0)) == other.rejoin.data_to_send(0) != b""
+    assert one.rejoin.chunks_to_send(0) == [] and not one.rejoin.awake
 
 
 def test_resumed_by_one_who_took_in_what_was_never_sent():
@@ -441,8 +449,8 @@ def test_the_grace_is_over(who):
     assert {end.sink.error.sent, end.sink.error.received} == {3, 4}
 
 
-def test_a_reset_that_is_owed_is_waited_for_when_the_connection_is_back():
-    pair = resumable()
+def owed(pair):
+    """A stream whose peer has acknowledged STOP and owes RESET, which was lost with the connection."""
     stream, theirs = pair.open()
     stream.stop()
     pair.client.flush()
@@ -450,6 +458,13 @@ def test_a_reset_that_is_owed_is_waited_for_when_the_connection_is_back():
     pair.server.mux.inbound.acks.due = True
     ack = frames.Ack(pair.server.mux.inbound.acks.seq)
     pair.client.mux.receive(ack.encode(), pair.now)
+    assert stream.watch is not None
+    return stream, theirs
+
+
+def test_a_reset_that_is_owed_is_waited_for_when_the_connection_is_back():
+    pair = resumable()
+    _, theirs = owed(pair)
     pair.cut()
     pair.sleep(40, pump=False)
     assert pair.client.error is None
@@ -457,6 +472,23 @@ def test_a_reset_that_is_owed_is_waited_for_when_the_connection_is_back():
     pair.sleep(1)
     assert pair.client.error is None
     assert theirs.sending.name == "ENDED"
+
+
+@pytest.mark.parametrize("broken_for", [5, 40])
+def test_the_time_for_a_reset_that_is_owed_begins_anew_with_the_connection(broken_for):
+    """However much of it had gone, or would have."""
+    pair = resumable()
+    stream, _ = owed(pair)
+    pair.server.mux.control.clear()  # a server that forgets what it owes
+    pair.sleep(20, pump=False)
+    pair.cut()
+    pair.sleep(broken_for, pump=False)
+    pair.resume()
+    assert stream.receiving is Receiving.DISCARDING
+    pair.sleep(29)
+    assert pair.client.error is None
+    pair.sleep(1.1)
+    assert f"stream {stream.id} was not ended within 30 s" in str(pair.client.error)
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError, NoRouteError
 from konnektor.router import DEFAULT, Route, RouteChoice, Router, granted_routes, parse_grant_route, parse_route
 
@@ -85,6 +86,32 @@ def test_grant_route() -> None:
 )
 def test_grants_cover(grant: str, claim: str, covered: bool) -> None:
     assert parse_route(grant).covers(parse_route(claim)) is covered
+
+
+@pytest.mark.parametrize(
+    ("route", "host", "matches"),
+    [
+        ("default", "db.example", True),
+        ("default", "10.0.0.7", True),
+        ("host=db.example", "db.example", True),
+        ("host=db.example", "a.db.example", False),
+        ("host=db.example", "10.0.0.7", False),
+        ("host=*.example", "db.example", True),
+        ("host=*.example", "example", False),
+        ("host=*", "10.0.0.7", False),
+        ("cidr=10.0.0.0/8", "10.0.0.7", True),
+        ("cidr=10.0.0.0/8", "11.0.0.7", False),
+        ("cidr=10.0.0.0/8", "::1", False),
+        ("cidr=10.0.0.0/8", "db.example", False),
+    ],
+)
+def test_a_route_matches_as_the_router_does(route: str, host: str, matches: bool) -> None:
+    assert parse_route(route).matches(parse_host(host)) is matches
+    if matches:
+        assert router(w=route).choose(host).worker == "w"
+    else:
+        with pytest.raises(NoRouteError):
+            router(w=route).choose(host)
 
 
 def test_claims_without_a_grant_are_ignored() -> None:

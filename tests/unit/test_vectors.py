@@ -1,5 +1,6 @@
 """The vectors of tests/vectors, run against the codec and the multiplexer."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 
 from konnektor import frames
 from konnektor.errors import Code, ProtocolError
-from konnektor.frames import FrameType, scan
+from konnektor.frames import FrameType, HelloTLV, scan
 from konnektor.limits import KIB, Limits
 from konnektor.mux import Mux
+from konnektor.replay import Ticket
 from konnektor.settings import Settings
-from tests.pair import Pair, Side
+from tests.pair import Newcomer, Pair, Side
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 BYTES = {"payload", "nonce", "mac", "session_id"}
@@ -77,6 +79,16 @@ def test_every_type_and_flag_has_a_vector():
         tlv for v in known if v["frame"] and v["frame"]["type"] in ("OPEN", "ACCEPT") for tlv, _ in v["frame"]["tlvs"]
     }
     assert tlvs == set(frames.OpenTLV)
+    sessions = [frame for v in load("sessions") for frame, _ in scan_what_can_be(unpack(v.values[0]["bytes"]))]
+    hellos = [build(v["frame"]) for v in known if v["frame"]] + sessions
+    settings = {tlv for frame in hellos if isinstance(frame, frames.Hello) for tlv in frame.tlvs}
+    assert settings >= set(HelloTLV)
+
+
+def scan_what_can_be(data):
+    """The frames up to the first that is none."""
+    with contextlib.suppress(ProtocolError):
+        yield from scan(data)
 
 
 def session(data, sizes):
@@ -95,6 +107,43 @@ def session(data, sizes):
     assert pos >= len(data)
     side.flush()
     return side.mux, [frame for frame, _ in scan(bytes(side.wire))]
+
+
+@pytest.mark.parametrize("vector", load("resume"))
+def test_resume(vector):
+    pair = Pair(resumable=True)
+    server, mux = pair.server, pair.server.mux
+    state = vector["session"]
+    ticket = mux.resumption.ticket = Ticket(unpack(state["id"]), unpack(state["key"]))
+    ticket.attempt = state["attempt"]
+    mux.inbound.acks.seq = state["taken"]
+    for _ in range(state["sent"]):
+        mux.flight.on_sent(8)
+    mux.flight.on_ack(state["acked"], pair.now)
+    pair.cut()
+    newcomer = Newcomer(server, knows=ticket.session_id)
+    assert newcomer.mux.nonce == unpack(vector["nonce"])
+    data = unpack(vector["bytes"])
+    rest = sent = b""
+    for at in range(len(data)):  # byte by byte
+        rest += data[at : at + 1]
+        rest = rest[newcomer.mux.receive(rest, pair.now) :]
+        sent += newcomer.mux.data_to_send(pair.now)
+    ((hello, end), *said) = scan(sent)
+    assert isinstance(hello, frames.Hello)
+    assert not {HelloTLV.SESSION_ID, HelloTLV.RESUME_KEY} & set(hello.tlvs)
+    if vector["answer"] is None:
+        assert newcomer.error.code == Code.RESUME_REFUSED
+        assert [(type(frame), frame.code) for frame, _ in said] == [(frames.Close, Code.RESUME_REFUSED)]
+        assert server.gone and ticket.attempt == state["attempt"], "left alone"
+        return
+    assert not said and len(sent) == end
+    assert mux.data_to_send(pair.now).startswith(unpack(vector["answer"]))
+    (hello, _), (frame, _) = scan(data)
+    nonces = hello.nonce + newcomer.mux.nonce
+    assert ticket.attempt == frame.attempt
+    assert frame.mac == ticket.client_mac(frame.attempt, frame.rx_seq, nonces)
+    assert mux.flight.acked == frame.rx_seq
 
 
 @pytest.mark.parametrize("vector", load("sessions"))
