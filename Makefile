@@ -10,7 +10,7 @@ PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compiled test-compiled bench soak faults clean curl
+.PHONY: help demo test check compiled test-compiled bench isolation soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -36,6 +36,9 @@ test-compiled: build/compiled/.ready ## run the tests on build/compiled/
 
 bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
 	@$(BIN)/python -m bench
+
+isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
+	@$(BIN)/python -m bench.isolation
 
 soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and openssl; fails on any error or leak
 	@$(BIN)/python -m bench.soak --seconds $(SECONDS)

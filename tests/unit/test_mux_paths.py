@@ -1,5 +1,7 @@
 """Windows and the cap on bytes in flight fitted to a path: over a link with a rate and a delay, in virtual time."""
 
+from collections import deque
+
 import pytest
 
 from konnektor.credit import TURN
@@ -18,6 +20,33 @@ def linked(rtt, rate, **kwargs):
     link = Link(pair, delay=rtt / 2, rate=rate, **kwargs)
     link.run(3 * rtt)
     return pair, link
+
+
+def ask(link, questions):
+    """Seconds from each question, one a millisecond, to its answer."""
+    asked, took = deque(), []
+
+    class Asker(Meter):
+        def data_received(self, data):
+            super().data_received(data)
+            for _ in range(len(data) // 64):
+                took.append(link.pair.now - asked.popleft())
+
+    class Answerer(Meter):
+        def data_received(self, data):
+            super().data_received(data)
+            self.stream.write(bytes(data))
+
+    ours, theirs = link.open()
+    Answerer(theirs.stream)
+    asker = Asker(ours.stream)
+    for _ in range(questions):
+        asked.append(link.pair.now)
+        asker.stream.write(bytes(64))
+        link.run(0.001)
+    link.run(1)
+    assert len(took) == questions
+    return took
 
 
 @pytest.mark.parametrize(("rtt", "rate"), PATHS)
@@ -94,6 +123,40 @@ def test_streams_that_stall_with_wide_windows_leave_room_for_others():
         mine.write()
         link.run(3)
         assert link.goodput(theirs, 1) > 1e6
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_streams_that_stall_slow_no_other(grown):
+    """Whether they never were read, or had wide windows when their readers stopped."""
+    _, link = linked(0.010, 20e6)
+    alone = max(ask(link, 100))
+    stalled = [link.open() for _ in range(6 if grown else 100)]
+    for ours, theirs in stalled:
+        ours.auto = theirs.auto = grown
+        ours.write()
+        theirs.write()
+    link.run(1)
+    for ours, theirs in stalled:
+        ours.auto = theirs.auto = False
+    link.run(2)
+    assert all(theirs.stream.receive_window.unread for _, theirs in stalled)
+    assert max(ask(link, 100)) < alone + 0.0001
+    ours, theirs = link.open()
+    ours.write()
+    link.run(0.5)
+    assert link.goodput(theirs, 1) > 0.95 * link.rate
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_small_requests_beside_bulk_wait_for_what_the_cap_allows(back):
+    _, link = linked(0.010, 20e6)
+    for _ in range(16):
+        ours, theirs = link.open()
+        (theirs if back else ours).write()
+    link.run(1)
+    took = sorted(ask(link, 500))
+    assert took[len(took) // 2] < 1.5 * 0.010
+    assert took[-1] < 2.5 * 0.010
 
 
 def test_the_cap_does_not_collapse_when_the_round_trip_rises_from_10_to_80_ms():
