@@ -1,8 +1,8 @@
 """One stream over a long path, beside plain TLS on the same path: ``python -m bench.paths``.
 
 Three processes: the sender, a relay that delays each byte by half the round trip and passes so many a second, and the
-receiver, which counts. Both
-contenders use the same certificates and TLS contexts, uvloop, and the kernel's own choice of socket buffers.
+receiver, which counts. Both contenders use the same certificates and TLS contexts, uvloop, and the kernel's own choice of
+socket buffers; konnektor's sessions can be resumed, as those of its endpoints.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from typing import NamedTuple, cast
 
 import konnektor as kk
 from konnektor import pki, runtime
+from konnektor.frames import Feature
 from konnektor.handlers import Handlers
 from konnektor.limits import MIB, parse_size
 from konnektor.session import Session
+from konnektor.settings import Settings
 from konnektor.stream_types import StreamType
 from konnektor.testing import delaying_relay
 
@@ -107,6 +109,10 @@ async def take_bulk(stream: kk.Stream, request: Bulk) -> None:
             return
 
 
+def resumable(limits: kk.Limits) -> Settings:
+    return Settings.of(limits, features=Feature.RESUME)
+
+
 async def receive(files: kk.TLSFiles, limits: kk.Limits, ports: Connection) -> None:
     loop = asyncio.get_running_loop()
     context = files.server_context()
@@ -114,7 +120,10 @@ async def receive(files: kk.TLSFiles, limits: kk.Limits, ports: Connection) -> N
     handlers.add(Bulk, take_bulk)
     plain = await loop.create_server(PlainSink, "127.0.0.1", 0, ssl=context)
     ours = await loop.create_server(
-        lambda: Session("server", handlers=handlers, limits=limits).protocol(), "127.0.0.1", 0, ssl=context
+        lambda: Session("server", handlers=handlers, limits=limits, settings=resumable(limits)).protocol(),
+        "127.0.0.1",
+        0,
+        ssl=context,
     )
     ports.send([server.sockets[0].getsockname()[1] for server in (plain, ours)])
     await asyncio.Event().wait()
@@ -163,7 +172,7 @@ class PlainSource(asyncio.Protocol):
         self.rate.set_result(REPLY.unpack(data)[0])
 
 
-async def plain(files: kk.TLSFiles, port: int, warm: float, seconds: float) -> float:
+async def plain(files: kk.TLSFiles, _limits: kk.Limits, port: int, warm: float, seconds: float) -> float:
     loop = asyncio.get_running_loop()
     transport, source = await loop.create_connection(
         PlainSource, "127.0.0.1", port, ssl=files.client_context(), server_hostname="cp"
@@ -178,9 +187,10 @@ async def plain(files: kk.TLSFiles, port: int, warm: float, seconds: float) -> f
     return await source.rate
 
 
-async def konnektor(files: kk.TLSFiles, port: int, warm: float, seconds: float) -> float:
+async def konnektor(files: kk.TLSFiles, limits: kk.Limits, port: int, warm: float, seconds: float) -> float:
     sock = socket.create_connection(("127.0.0.1", port))
-    session = await Session.client(sock, tls=files.client_context(), server_name="cp")
+    tls = {"tls": files.client_context(), "server_name": "cp"}
+    session = await Session.client(sock, limits=limits, settings=resumable(limits), **tls)
     async with session, await session.open(Bulk(warm, seconds)) as stream:
 
         async def send() -> None:
@@ -197,7 +207,7 @@ async def konnektor(files: kk.TLSFiles, port: int, warm: float, seconds: float) 
             sending.cancel()
 
 
-Contender = Callable[[kk.TLSFiles, int, float, float], Awaitable[float]]
+Contender = Callable[[kk.TLSFiles, kk.Limits, int, float, float], Awaitable[float]]
 CONTENDERS: dict[str, Contender] = {"plain TLS": plain, "konnektor": konnektor}
 
 
@@ -206,13 +216,13 @@ def run(main: Callable[..., Awaitable[None]], *args: object) -> None:
 
 
 async def measure(
-    files: kk.TLSFiles, ports: list[list[int]], paths: list[Path], repeats: int, seconds: float
+    files: kk.TLSFiles, limits: kk.Limits, ports: list[list[int]], paths: list[Path], repeats: int, seconds: float
 ) -> list[dict[str, list[float]]]:
     results: list[dict[str, list[float]]] = [{name: [] for name in CONTENDERS} for _ in paths]
     for repeat in range(repeats):
         for path, pair, result in zip(paths, ports, results, strict=True):
             for port, (name, contender) in zip(pair, CONTENDERS.items(), strict=True):
-                rate = await asyncio.wait_for(contender(files, port, 1 + 15 * path.round_trip, seconds), 60)
+                rate = await asyncio.wait_for(contender(files, limits, port, 1 + 15 * path.round_trip, seconds), 60)
                 result[name].append(rate / 1e6)
                 print(f"{repeat + 1}/{repeats} {path}, {name}: {rate / 1e6:.0f} MB/s", file=sys.stderr)
     return results
@@ -226,8 +236,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.paths", description=__doc__)
     parser.add_argument("--round-trips", default="1,10,50,200", help="milliseconds")
     parser.add_argument("--rates", default="125,none", help="of the path, MB/s; none for no limit")
-    parser.add_argument("--pool", type=parse_size, default=kk.Limits().receive_pool, help="Limits.receive_pool")
-    parser.add_argument("--window", type=parse_size, default=kk.Limits().max_window, help="Limits.max_window")
+    parser.add_argument(
+        "--pool", type=parse_size, default=kk.Limits().receive_pool, help="Limits.receive_pool of both ends"
+    )
+    parser.add_argument(
+        "--window", type=parse_size, default=kk.Limits().max_window, help="Limits.max_window of both ends"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2, help="counted, after a second and 15 round trips")
     args = parser.parse_args()
@@ -250,7 +264,7 @@ def main() -> None:
             results: list[dict[str, list[float]]] = []
 
             async def all_of_it() -> None:
-                results.extend(await measure(worker, ours.recv(), paths, args.repeats, args.seconds))
+                results.extend(await measure(worker, limits, ours.recv(), paths, args.repeats, args.seconds))
 
             run(all_of_it)
         finally:

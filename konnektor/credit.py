@@ -5,8 +5,10 @@ says up to which offset it takes bytes. There is no window for the whole connect
 stalled stream would exhaust it for everybody. Memory is bounded by the *pool* instead: the sum
 of ``granted - consumed`` over all streams never exceeds its size. Each stream that exists, or that
 the peer may still open, has W0 bytes of the pool reserved; what it is granted beyond W0 comes out
-of the rest, and is never more than it leaves to all others. So a stalled stream can cost its window,
-never another stream's; and where many want much, all converge on the same share.
+of the rest, and is never more than three times what it leaves to all others (a dynamic threshold, Choudhury and
+Hahne 1998). So one stream alone may have most of the rest; a stalled stream can cost its window, never another
+stream's; and where many want much, all converge on the same share. What is sent and not acknowledged may borrow from the
+rest, too, by the same rule, for who sends much seldom receives as much.
 
 Credit returns when the application *consumes*, not when bytes arrive. A window W starts at W0. Whenever a quarter
 of it has been consumed, it is judged whether it held the stream back:
@@ -50,28 +52,37 @@ class Pool:
         base: reserved for each stream (W0).
         slots: streams that have a reservation: those the peer may have open, and our own.
         extra: granted beyond reservations.
+        lent: to what was sent and may have to be sent again.
     """
 
-    __slots__ = ("base", "extra", "size", "slots")
+    __slots__ = ("base", "extra", "lent", "size", "slots")
 
     def __init__(self, size: int, base: int, slots: int) -> None:
         self.size = size
         self.base = base
         self.slots = slots
         self.extra = 0
+        self.lent = 0
         self.assert_invariants()
 
     @property
     def free(self) -> int:
-        """Bytes neither reserved nor granted."""
-        return self.size - self.base * self.slots - self.extra
+        """Bytes neither reserved nor granted nor lent."""
+        return self.size - self.base * self.slots - self.extra - self.lent
 
     def share(self, held: int) -> int:
-        """What a stream that holds ``held`` bytes beyond its reservation may hold: as much as it leaves to others.
+        """What a stream that holds ``held`` bytes beyond its reservation may hold: three times what it leaves to others.
 
         A sixteenth of the pool is left out, for streams to come.
         """
-        return max(0, (self.free - (self.size >> 4) + held) >> 1)
+        return max(0, 3 * (self.free - (self.size >> 4) + held) >> 2)
+
+    def lend(self, wanted: int) -> None:
+        """What is kept to be sent again takes ``wanted`` bytes more than are set aside for it; of those, its share counts.
+
+        Whoever keeps to ``share(lent)`` before has all of it counted; a share that shrinks meanwhile takes nothing back.
+        """
+        self.lent = max(0, min(wanted, max(self.lent, self.share(self.lent))))
 
     def reserve(self) -> bool:
         """Takes a slot for one more stream of our own; False if the pool has no room for it now."""
@@ -88,6 +99,7 @@ class Pool:
         """For tests: nothing negative, nothing over the bound."""
         assert self.slots >= 0
         assert self.extra >= 0
+        assert self.lent >= 0
         assert self.free >= 0
 
 

@@ -57,7 +57,7 @@ class Limits:
         initial_streams: streams the peer may have open at once.
         idle_timeout: silence after which the peer may give the connection up.
         receive_pool: bound on all bytes granted and not yet consumed (B); half of it is
-            reserved for ``initial_window * initial_streams``.
+            reserved for ``initial_window * initial_streams``. What is left is lent to the replay buffer, too.
         max_window: largest window one stream can grow to.
         send_queue: bytes a stream holds for sending before ``send()`` waits.
         ack_bytes: taken in before an ACK is due at once.
@@ -66,7 +66,7 @@ class Limits:
         open_deadline: how long an OPEN waits for its answer unless it says otherwise.
         flight_floor: bytes that may always be unacknowledged, whatever the estimates say.
         resume_grace: how long a session whose connection broke waits for another; 0: not at all.
-        replay_buffer: bytes that may be unacknowledged at most; they are kept to be sent again.
+        replay_buffer: bytes that may be unacknowledged, beside what the pool can spare; they are kept to be sent again.
 
     Raises:
         ConfigurationError: a value is out of range, or the values do not fit together.
@@ -77,7 +77,7 @@ class Limits:
     initial_streams: int = 1024
     idle_timeout: float = 60.0
     receive_pool: int = 64 * MIB
-    max_window: int = 16 * MIB
+    max_window: int = 32 * MIB
     send_queue: int = 64 * KIB
     ack_bytes: int = 64 * KIB
     ack_delay: float = 0.025

@@ -363,6 +363,7 @@ class Mux:
             lossy = frozenset(self.outbound.lossy)
             kept = joined([part for at, part in enumerate(parts) if at not in lossy]) if lossy else chunks
             replay.keep(kept, new)
+            self.resumption.book()
         self.bytes_sent += sum(map(len, chunks))
         return chunks
 
@@ -446,6 +447,7 @@ class Mux:
         flight.on_ack(seq, now)
         if (replay := self.resumption.replay) is not None:
             replay.release(flight.delivered)
+            self.resumption.book()
         self.liveness.acked(now, all_of_it=seq == flight.sent)
         owed = self.owed
         while owed and owed[0][0] <= seq:
@@ -728,4 +730,4 @@ class Mux:
             stream.assert_invariants()
             assert not stream.forgotten
         granted = sum(s.receive_window.granted - s.receive_window.consumed for s in self.streams.values())
-        assert granted <= self.pool.size
+        assert granted + self.pool.lent <= self.pool.size

@@ -85,6 +85,16 @@ class Resumption:
         return self._mux.established and self.ticket is not None
 
     @property
+    def room(self) -> int:
+        """Bytes that may be kept to be sent again: those set aside for it, and what the pool can spare."""
+        pool = self._mux.pool
+        return self._mux.limits.replay_buffer + pool.share(pool.lent)
+
+    def book(self) -> None:
+        """Takes from the pool, or gives back, what is kept beyond the bytes set aside."""
+        self._mux.pool.lend(self._mux.flight.footprint - self._mux.limits.replay_buffer)
+
+    @property
     def given_up(self) -> bool:
         """Whether the connection has been broken for so long that new streams are better opened elsewhere."""
         return self.suspended and self._settle_at == math.inf
@@ -186,6 +196,7 @@ class Resumption:
         if rx_seq > mux.flight.acked:
             mux.acked(rx_seq, now)
         mux.flight.reconnected()
+        self.book()
         self.replaying = self.replay.rest(mux.flight.delivered)
         mux.reconnected(now)
 

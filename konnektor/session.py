@@ -72,7 +72,7 @@ class SessionStats:
         in_flight: sent and not acknowledged.
         granted: what peers may still send, or have sent unread, beyond each stream's first window.
         granted_idle: the part of it that streams hold which have had no use for it in the last 30 s.
-        pool_free: of the receive pool, neither reserved nor granted.
+        pool_free: of the receive pool, neither reserved nor granted, nor lent to what was sent and not acknowledged.
         datagrams_sent, datagrams_received: on the wire, ever.
         datagrams_dropped: thrown away here, ever: pushed out by newer ones, or nobody could take them.
         resumed: how often it went on over another connection.

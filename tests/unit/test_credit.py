@@ -113,7 +113,7 @@ def test_an_idle_window_shrinks(idle, size):
     assert size == 8 * W0 or not window.idle(idle + 1)
 
 
-def test_each_stream_holds_no_more_than_it_leaves_to_others():
+def test_each_stream_holds_no_more_than_three_times_what_it_leaves_to_others():
     books = pool(64 * W0)
     windows = [window_of(books) for _ in range(3)]
     for _ in range(30):
@@ -125,7 +125,43 @@ def test_each_stream_holds_no_more_than_it_leaves_to_others():
             window.grant(0.0, RTT)
             books.assert_invariants()
     spare = books.free - books.size // 16
-    assert all(abs(window.held - spare) < W0 for window in windows)
+    assert all(abs(window.held - 3 * spare) < W0 for window in windows)
+
+
+def test_one_stream_alone_has_three_quarters_of_the_rest_until_others_come():
+    books = pool(64 * MIB, 1024)
+    assert books.share(0) == 3 * (48 - 4) * MIB // 4
+    first, second = window_of(books), window_of(books)
+    sizes = []
+    for _ in range(60):
+        for window in (first, second)[: 1 + bool(sizes)]:
+            window.size = 64 * MIB
+            window.grant(0.0, RTT)
+            take(window, min(MIB, window.granted - window.received))
+            books.assert_invariants()
+        sizes.append(first.held)
+    assert sizes[0] == 33 * MIB - MIB
+    assert sizes == sorted(sizes, reverse=True)
+    assert abs(first.held - second.held) <= MIB
+
+
+def test_what_is_lent_is_not_granted():
+    books = pool(64 * MIB, 1024)
+    books.lend(-5)
+    assert books.lent == 0
+    books.lend(10 * MIB)
+    assert (books.lent, books.free) == (10 * MIB, 38 * MIB)
+    books.lend(60 * MIB)
+    assert books.lent == 33 * MIB
+    assert books.share(0) == 3 * (48 - 33 - 4) * MIB // 4
+    assert books.reserve()
+    books.lend(60 * MIB)
+    assert books.lent == 33 * MIB  # its share is less by now, and it cannot give back what was sent
+    books.lend(MIB)
+    assert books.lent == MIB
+    books.lend(0)
+    assert books.lent == 0
+    books.assert_invariants()
 
 
 def test_a_pool_that_runs_short_shrinks_windows_to_the_reservation():
@@ -147,7 +183,7 @@ def test_what_was_granted_is_never_taken_back():
     books.slots = 14
     assert window.grant(0.0, RTT) is None
     assert window.granted - window.consumed == 2 * W0
-    assert window.size == W0 + W0 // 2
+    assert window.size == W0 + 3 * W0 // 4
     window.end()
     window.drop()
     assert (books.extra, window.unread) == (0, 0)
@@ -173,7 +209,7 @@ def test_reservations():
     st.lists(
         st.tuples(
             st.integers(0, 3),
-            st.sampled_from(["receive", "consume", "block", "wait", "reserve", "release", "end", "drop"]),
+            st.sampled_from(["receive", "consume", "block", "wait", "reserve", "release", "lend", "end", "drop"]),
             st.one_of(st.integers(1, 40_000), st.integers(1, 2**21)),
         ),
         max_size=80,
@@ -206,6 +242,10 @@ def test_the_pool_is_never_overdrawn_and_its_books_are_right(steps, rtt):
             case "release":
                 if books.slots > 4:
                     books.release()
+            case "lend":
+                room = books.share(books.lent)
+                books.lend(count if count & 1 else 0)
+                assert not count & 1 or books.lent >= min(count, room)
             case "end":
                 ended.add(index)
                 window.end()
@@ -216,7 +256,7 @@ def test_the_pool_is_never_overdrawn_and_its_books_are_right(steps, rtt):
         for each in windows:
             each.assert_invariants()
         assert books.extra == sum(w.held for w in windows)
-        assert sum(w.granted - w.consumed for w in windows) <= books.size
+        assert sum(w.granted - w.consumed for w in windows) + books.lent <= books.size
         # whoever has read everything can always be sent more
         for number, each in enumerate(windows):
             assert number in ended or each.unread or each.granted - each.consumed >= W0 // 4

@@ -15,8 +15,8 @@ PATHS = [(0.001, 50e6), (0.010, 20e6), (0.050, 20e6), (0.200, 4e6)]
 """Round trip in seconds, bytes a second."""
 
 
-def linked(rtt, rate, **kwargs):
-    pair = Pair(Limits(), hello=False)
+def linked(rtt, rate, limits=None, *, resumable=False, **kwargs):
+    pair = Pair(limits or Limits(), hello=False, resumable=resumable)
     link = Link(pair, delay=rtt / 2, rate=rate, **kwargs)
     link.run(3 * rtt)
     return pair, link
@@ -29,8 +29,7 @@ def ask(link, questions):
     class Asker(Meter):
         def data_received(self, data):
             super().data_received(data)
-            for _ in range(len(data) // 64):
-                took.append(link.pair.now - asked.popleft())
+            took.extend(link.pair.now - asked.popleft() for _ in range(len(data) // 64))
 
     class Answerer(Meter):
         def data_received(self, data):
@@ -65,6 +64,20 @@ def test_tuning_reaches_the_bandwidth_delay_product_then_stops(rtt, rate):
     assert link.goodput(theirs, 4.0) > 0.95 * rate
     assert rate * rtt < window.size == size < 2 * rate * (2 * (rtt + TURN) + TURN) + 64 * KIB
     assert pair.server.mux.pool.extra <= window.size
+
+
+def test_one_stream_alone_has_most_of_what_is_not_reserved():
+    """To have on its way, and to be kept for sending again: both within what the two bounds allow together."""
+    limits = Limits(initial_streams=128, receive_pool=8 * MIB, replay_buffer=MIB)
+    pair, link = linked(0.050, 40e6, limits, resumable=True)
+    ours, theirs = link.open()
+    ours.write()
+    link.run(2)
+    lent = []
+    link.watch = lambda: lent.append(pair.client.mux.pool.lent)
+    assert link.goodput(theirs, 1) > 0.95 * link.rate
+    assert max(lent) > MIB
+    assert theirs.stream.receive_window.held > 2 * MIB
 
 
 def test_both_directions_and_streams_of_either_side_are_tuned():

@@ -126,30 +126,83 @@ def test_written_while_suspended():
     assert bytes(stream.sink.data) == b"here, too"
 
 
+def with_nothing_to_spare(initial_window):
+    """A pair, and eight streams, which take all of the client's pool: its replay buffer is all it has."""
+    pair = resumable(
+        Limits(
+            initial_window=initial_window,
+            initial_streams=8,
+            receive_pool=16 * initial_window,
+            replay_buffer=256 * KIB,
+        )
+    )
+    streams = [pair.open() for _ in range(8)]
+    assert pair.client.mux.pool.free == 0
+    assert pair.client.mux.resumption.room == 256 * KIB
+    return pair, streams
+
+
 def test_full_replay_buffers_block_and_do_not_deadlock():
-    limits = Limits(initial_window=64 * KIB, initial_streams=8, receive_pool=32 * MIB, replay_buffer=256 * KIB)
-    pair = resumable(limits)
-    stream, theirs = pair.open()
-    for _ in range(40):
-        stream.write(b"x" * 50_000)
-        theirs.write(b"y" * 50_000)
+    pair, streams = with_nothing_to_spare(64 * KIB)
+    for stream, theirs in streams:
+        for _ in range(8):
+            stream.write(b"x" * 50_000)
+            theirs.write(b"y" * 50_000)
+    full = 0
     for _ in range(3):
         for side in pair.sides:
             side.flush()
-            assert side.mux.flight.sequenced <= 256 * KIB + 64 * KIB
+            flight, room = side.mux.flight, side.mux.resumption.room
+            full += flight.footprint >= room
+            assert flight.sequenced <= room + 64 * KIB
         pair.cut(100_000, 150_000)
         pair.resume()
-    assert len(stream.sink.data) == len(theirs.sink.data) == 2_000_000
+    assert full
+    for stream, theirs in streams:
+        assert len(stream.sink.data) == len(theirs.sink.data) == 400_000
+
+
+def test_what_the_pool_can_spare_holds_what_was_sent():
+    pair = resumable(
+        Limits(
+            initial_window=MIB,
+            initial_streams=8,
+            receive_pool=16 * MIB,
+            replay_buffer=256 * KIB,
+            flight_floor=16 * MIB,
+        )
+    )
+    streams = [pair.open() for _ in range(2)]
+    mux = pair.client.mux
+    room = mux.resumption.room
+    assert room == 256 * KIB + 3 * (16 - 8 - 2 - 1) * MIB // 4
+    for stream, _ in streams:
+        stream.write(bytes(3 * MIB))
+    pair.client.flush()
+    assert 256 * KIB < mux.flight.footprint <= room
+    assert mux.pool.lent == mux.flight.footprint - 256 * KIB
+    before = mux.pool.lent
+    pair.client.deliver(800_000)
+    pair.server.flush()
+    pair.server.deliver()
+    assert before - 800_000 <= mux.pool.lent < before - 400_000
+    before = mux.pool.lent
+    pair.cut()
+    assert mux.pool.lent == before
+    pair.resume()
+    assert mux.pool.lent == 0
+    for _, theirs in streams:
+        assert len(theirs.sink.data) == 3 * MIB
 
 
 def test_what_waited_for_room_in_the_replay_buffer_is_not_forgotten():
-    limits = Limits(initial_window=MIB, initial_streams=8, receive_pool=64 * MIB, replay_buffer=256 * KIB)
-    pair = resumable(limits)
-    stream, _theirs = pair.open()
+    pair, streams = with_nothing_to_spare(64 * KIB)
     pair.sleep(1)
-    stream.write(b"x" * 256 * KIB)
+    for stream, _ in streams:
+        stream.write(b"x" * 64 * KIB)
     pair.client.flush()
     assert pair.client.mux.flight.footprint >= 256 * KIB
+    assert sum(stream.queued for stream, _ in streams)
     pair.client.mux.drain(60, pair.now)
     pair.client.flush()
     assert "goaway" not in pair.server.kinds
@@ -158,8 +211,8 @@ def test_what_waited_for_room_in_the_replay_buffer_is_not_forgotten():
 
 
 def test_tiny_frames_cost_what_they_cost():
-    pair = resumable(Limits(initial_streams=8, replay_buffer=256 * KIB))
-    stream, _ = pair.open()
+    pair, streams = with_nothing_to_spare(32 * KIB)
+    stream = streams[0][0]
     sent = 0
     while True:
         stream.write(b"x")
