@@ -143,7 +143,7 @@ class Outbound:
         if resumption.replaying:
             parts.append(resumption.replaying.popleft())
             return True
-        if resumption.replay is not None and flight.footprint >= resumption.room:
+        if resumption.replay is not None and resumption.full:
             # Full, it blocks; it never trims.
             return False
         sent_before = flight.sent
@@ -315,7 +315,7 @@ class Outbound:
         fresh_limit = min(frame_limit, FRESH_PAYLOAD)
         interactive = False
         if mux.resumption.replay is not None:
-            cap = min(cap, mux.resumption.room)
+            cap = mux.resumption.room(cap)
         while size < max_bytes:
             over = flight.in_flight - cap
             stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None
