@@ -242,12 +242,15 @@ def main() -> None:
     parser.add_argument(
         "--window", type=parse_size, default=kk.Limits().max_window, help="Limits.max_window of both ends"
     )
+    parser.add_argument(
+        "--streams", type=int, default=kk.Limits().initial_streams, help="Limits.initial_streams of both"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2, help="counted, after a second and 15 round trips")
     args = parser.parse_args()
     rates = [None if text == "none" else float(text) * 1e6 for text in args.rates.split(",")]
     paths = [Path(float(text) / 1e3, rate) for rate in rates for text in args.round_trips.split(",")]
-    limits = kk.Limits(receive_pool=args.pool, max_window=args.window)
+    limits = kk.Limits(receive_pool=args.pool, max_window=args.window, initial_streams=args.streams)
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         folder = FilePath(directory)

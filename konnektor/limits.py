@@ -77,7 +77,7 @@ class Limits:
     initial_streams: int = 1024
     idle_timeout: float = 60.0
     receive_pool: int = 64 * MIB
-    max_window: int = 32 * MIB
+    max_window: int = 64 * MIB
     send_queue: int = 64 * KIB
     ack_bytes: int = 64 * KIB
     ack_delay: float = 0.025

@@ -56,6 +56,9 @@ class Parsed(_ParamType):
             self.fail(str(error), param, ctx)
 
 
+_UNSERVED: Final = 64
+"""Streams that a peer may open in vain: each has its part of the receive pool set aside, which others can use."""
+
 _OPTIONS: Final = (
     click.option("--ca", required=True, metavar="FILE", help="CA that issued both ends. Example: --ca pki/ca.pem"),
     click.option("--cert", required=True, metavar="FILE", help="Certificate of this end. Example: --cert pki/cp.pem"),
@@ -63,10 +66,9 @@ _OPTIONS: Final = (
     click.option(
         "--max-streams",
         type=click.IntRange(8, 1_000_000),
-        default=_DEFAULT.initial_streams,
-        show_default=True,
         metavar="N",
-        help="Streams the peer may have open at once. Example: --max-streams 10000",
+        help=f"Streams the peer may have open at once. Default: {_DEFAULT.initial_streams}, or {_UNSERVED} at a control "
+        "plane without --allow-from, which serves none. Example: --max-streams 10000",
     ),
     click.option(
         "--receive-pool",
@@ -139,7 +141,7 @@ def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         ca: str,
         cert: str,
         key: str,
-        max_streams: int,
+        max_streams: int | None,
         receive_pool: int | None,
         grace: float,
         resume_grace: float,
@@ -150,6 +152,8 @@ def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
         **own: Any,
     ) -> int:
         set_up_logging(log_format, verbose)
+        if max_streams is None:
+            max_streams = _DEFAULT.initial_streams if own.get("allow_from", True) else _UNSERVED
         limits = _limits(max_streams, receive_pool, resume_grace=resume_grace, replay_buffer=replay_buffer)
         return command(Common(TLSFiles(ca, cert, key), limits, grace, priorities), **own)
 

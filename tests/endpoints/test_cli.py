@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import click
 import pytest
 
+import konnektor as kk
 from konnektor.cli.main import cli, main
 from konnektor.cli.options import Parsed, say_ready
 from konnektor.policy import parse_allow
@@ -88,6 +89,16 @@ def test_worker(run, certs, tmp_path):
         assert (code, out) == (0, f"ready worker=node-1 connected={where}\n")
         assert "ignored route default, which no --grant-route grants" in plane.log.read_text()
     assert len(err.splitlines()) == 3  # connected, draining, disconnected
+
+
+async def test_nothing_is_set_aside_for_streams_that_would_be_refused(certs, tmp_path):
+    for flag, streams in (((), 64), (("--allow-from", "node-1=127.0.0.1:9"), 1024), (("--max-streams", "100"), 100)):
+        plane = Process(tmp_path / "log", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane), *flag)
+        with plane:
+            (where,) = plane.ready()["tunnel"]
+            async with kk.Worker([where], tls=certs.worker(), server_name="cp") as worker:
+                session = await worker.wait_connected()
+                assert session.peer_settings.initial_streams == streams
 
 
 def test_nothing_but_the_tunnel(run, certs):

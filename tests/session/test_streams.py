@@ -385,7 +385,7 @@ async def test_a_stream_cannot_be_taken_over_twice_or_in_use():
 async def test_filling_a_stream_holds_what_its_windows_say():
     async with memory_stream_pair() as (a, b):
         sent = await fill(a)
-        assert sent <= b.session.limits.max_window + a.session.limits.send_queue
+        assert sent <= b.session.limits.initial_window + a.session.limits.send_queue
         assert a._mux.queued <= a.session.limits.send_queue
 
 
