@@ -363,7 +363,8 @@ class Mux:
             lossy = frozenset(self.outbound.lossy)
             kept = joined([part for at, part in enumerate(parts) if at not in lossy]) if lossy else chunks
             replay.keep(kept, new)
-            self.resumption.book()
+            if self.pool.lent or flight.footprint > self.limits.replay_buffer:
+                self.resumption.book()
         self.bytes_sent += sum(map(len, chunks))
         return chunks
 
@@ -447,7 +448,8 @@ class Mux:
         flight.on_ack(seq, now)
         if (replay := self.resumption.replay) is not None:
             replay.release(flight.delivered)
-            self.resumption.book()
+            if self.pool.lent:
+                self.resumption.book()
         self.liveness.acked(now, all_of_it=seq == flight.sent)
         owed = self.owed
         while owed and owed[0][0] <= seq:

@@ -143,9 +143,11 @@ class Outbound:
         if resumption.replaying:
             parts.append(resumption.replaying.popleft())
             return True
-        if resumption.replay is not None and resumption.full:
-            # Full, it blocks; it never trims.
-            return False
+        if resumption.replay is not None:
+            kept = flight.footprint
+            if kept >= mux.limits.replay_buffer and kept >= resumption.room:
+                # Full, it blocks; it never trims.
+                return False
         sent_before = flight.sent
         if self.streams_due or mux.leaving.goaway_due:
             size += self._session_control(parts, now)
@@ -314,8 +316,8 @@ class Outbound:
         frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
         fresh_limit = min(frame_limit, FRESH_PAYLOAD)
         interactive = False
-        if mux.resumption.replay is not None:
-            cap = mux.resumption.room(cap)
+        if cap > mux.limits.replay_buffer and mux.resumption.replay is not None:
+            cap = min(cap, mux.resumption.room)
         while size < max_bytes:
             over = flight.in_flight - cap
             stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None

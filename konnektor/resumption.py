@@ -84,22 +84,15 @@ class Resumption:
         """Whether the session can outlive its connection."""
         return self._mux.established and self.ticket is not None
 
-    def room(self, wanted: int) -> int:
-        """Of ``wanted`` bytes to be kept for sending again, so many may: those set aside, and what the pool can spare."""
-        aside, pool = self._mux.limits.replay_buffer, self._mux.pool
-        return wanted if wanted <= aside else min(wanted, aside + pool.share(pool.lent))
-
     @property
-    def full(self) -> bool:
-        """Whether as much is kept as may be: nothing sequenced may be sent."""
-        footprint = self._mux.flight.footprint
-        return footprint >= self.room(footprint + 1)
+    def room(self) -> int:
+        """Bytes that may be kept to be sent again: those set aside, and what the pool can spare."""
+        pool = self._mux.pool
+        return self._mux.limits.replay_buffer + pool.share(pool.lent)
 
     def book(self) -> None:
         """Takes from the pool, or gives back, what is kept beyond the bytes set aside."""
-        over = self._mux.flight.footprint - self._mux.limits.replay_buffer
-        if over > 0 or self._mux.pool.lent:
-            self._mux.pool.lend(over)
+        self._mux.pool.lend(self._mux.flight.footprint - self._mux.limits.replay_buffer)
 
     @property
     def given_up(self) -> bool:

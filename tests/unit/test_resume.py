@@ -138,7 +138,7 @@ def with_nothing_to_spare(initial_window):
     )
     streams = [pair.open() for _ in range(8)]
     assert pair.client.mux.pool.free == 0
-    assert pair.client.mux.resumption.room(MIB) == 256 * KIB
+    assert pair.client.mux.resumption.room == 256 * KIB
     return pair, streams
 
 
@@ -152,7 +152,7 @@ def test_full_replay_buffers_block_and_do_not_deadlock():
     for _ in range(3):
         for side in pair.sides:
             side.flush()
-            flight, room = side.mux.flight, side.mux.resumption.room(16 * MIB)
+            flight, room = side.mux.flight, side.mux.resumption.room
             full += flight.footprint >= room
             assert flight.sequenced <= room + 64 * KIB
         pair.cut(100_000, 150_000)
@@ -174,7 +174,7 @@ def test_what_the_pool_can_spare_holds_what_was_sent():
     )
     streams = [pair.open() for _ in range(2)]
     mux = pair.client.mux
-    room = mux.resumption.room(16 * MIB)
+    room = mux.resumption.room
     assert room == 256 * KIB + 3 * (16 - 8 - 2 - 1) * MIB // 4
     for stream, _ in streams:
         stream.write(bytes(3 * MIB))
