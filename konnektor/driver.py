@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import time
@@ -156,6 +157,7 @@ class Driver(asyncio.BufferedProtocol):
         tls_args: dict[str, Any] = {}
         if tls is not None:
             tls_args = {"ssl": tls, "ssl_handshake_timeout": within, "ssl_shutdown_timeout": 5.0}
+        descriptor = os.fstat(sock.fileno())
         try:
             sock.setblocking(False)
             if role == "client":
@@ -165,8 +167,10 @@ class Driver(asyncio.BufferedProtocol):
             else:
                 await self._loop.connect_accepted_socket(lambda: self, sock, **tls_args)
         except BaseException:
+            _forget_if_closed(sock, descriptor)
             sock.close()
             raise
+        _forget_if_closed(sock, descriptor)
 
     # What the multiplexer says
 
@@ -344,6 +348,21 @@ class Driver(asyncio.BufferedProtocol):
             self._on_lost(exc)
         except Exception:
             logger.exception("internal error while closing")
+
+
+def _forget_if_closed(sock: socket.socket, descriptor: os.stat_result) -> None:
+    """Keeps a socket whose descriptor the loop has closed from closing the same number again.
+
+    uvloop (0.23) closes the number, not the Python socket, and its ``create_connection`` ties the one to the other only when
+    its transport has been up for a turn. If the connection was lost before that (a peer that resets it ahead of the
+    ClientHello is enough) the socket would keep a number that is another connection's by the time of its collection.
+    """
+    try:
+        ours = os.path.samestat(os.fstat(sock.fileno()), descriptor)
+    except OSError:
+        ours = False
+    if not ours:
+        sock.detach()
 
 
 def _nobody(_exc: Exception | None) -> None:

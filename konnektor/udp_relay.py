@@ -60,7 +60,8 @@ class UdpSocket(asyncio.DatagramProtocol):
         try:
             await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=self._sock)
         except BaseException:
-            # The loop closes its transport, if it came so far.
+            if self._transport is not None:
+                self._transport.abort()  # uvloop would leave it, and the descriptor with it
             self._sock.close()
             self.connection_lost(None)
             raise
