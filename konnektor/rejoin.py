@@ -108,8 +108,8 @@ class Rejoin:
                     break
         except (ProtocolError, VersionError) as error:
             self._fail(error, Close(error.code, error.reason).encode())
-            return len(view)
-        return pos
+        # After the end nothing is kept for later, or a peer that talks on would fill the driver's buffer.
+        return pos if self.error is None else len(view)
 
     def write_blocked(self, now: float) -> None:
         """No matter: the attempt as a whole has a deadline."""

@@ -443,6 +443,22 @@ def test_an_attempt_that_is_given_up():
     assert b"somebody else" in attempt.rejoin.data_to_send(0)
 
 
+@pytest.mark.parametrize("how", ["given up", "told so", "offended"])
+def test_after_a_failed_attempt_nothing_is_kept_for_later(how):
+    """A peer that talked on filled the driver's buffer, which keeps what was not taken."""
+    attempt = Attempt()
+    if how == "given up":
+        attempt.rejoin.close(Code.IDENTITY, "somebody else")
+    else:
+        attempt.receive(frames.Close(Code.RESUME_REFUSED, "") if how == "told so" else frames.Ping(1))
+    assert attempt.failed
+    for rest in (b"half a", frames.Ping(2).encode(), bytes(100_000)):
+        assert attempt.receive(rest) == len(rest)
+    raw = frames.Close(Code.RESUME_REFUSED, "").encode() + b"and more"
+    again = Attempt()
+    assert again.receive(raw) == len(raw)
+
+
 # Time without a connection
 
 
