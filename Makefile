@@ -5,12 +5,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 SECONDS ?= 180
 CUTS ?= 200
+FUZZ ?= decoder sessions
+FUZZ_SECONDS ?= 60
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
 PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; print(",".join(m.replace(".", "/") + ".py" for k in c if k["id"] == "pure-core" for m in k["source_modules"]))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compiled test-compiled bench isolation soak faults clean curl
+.PHONY: help demo test check nightly fuzz compiled test-compiled bench isolation soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -29,6 +31,15 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+nightly: $(READY) ## the property tests with thousands of examples, and the tests that are slow (an hour)
+	$(BIN)/pytest tests/property --hypothesis-profile nightly --timeout 7200
+	$(BIN)/pytest tests -m slow
+
+fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
+	@for target in $(FUZZ); do \
+		$(BIN)/python -m fuzz run $$target --seconds $(FUZZ_SECONDS) || { echo "Found something. To see it again: $(BIN)/python -m fuzz replay build/fuzz/$$target/crashes/*" >&2; exit 1; }; \
+	done
+
 compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modules compiled by mypyc (needs a C compiler)
 
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
@@ -46,14 +57,14 @@ soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and o
 faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigabyte of traffic; fails on any lost byte or leak
 	@$(BIN)/python -m bench.faults --cuts $(CUTS)
 
-build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib -type f -not -name '*.pyc')
+build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib fuzz -type f -not -name '*.pyc')
 	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
 	@rm -rf build/compiled build/wheel build/source
 	@echo "Compiling (about a minute) ..."
 	@mkdir -p build/compiled build/source && cp -r konnektor README.md LICENSE pyproject.toml build/source/
 	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel ./build/source
-	@cp -r tests bench examples contrib README.md pyproject.toml build/compiled/
+	@cp -r tests bench examples contrib fuzz README.md pyproject.toml build/compiled/
 	@$(BIN)/python -m zipfile -e build/wheel/*.whl build/compiled
 	@touch $@
 
@@ -63,6 +74,12 @@ clean: ## remove .venv/ and everything built or cached
 
 curl:
 	@command -v curl >/dev/null || { echo "curl is missing: please install it." >&2; exit 1; }
+
+.venv/.ready-fuzz: $(READY)
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --editable '.[dev,fuzz]' \
+		|| { echo "atheris could not be installed: pip says why above. It is there for Linux on x86-64." >&2; exit 1; }
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt | curl
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is missing: please install Python 3.11 or newer, or name one with PYTHON=." >&2; exit 1; }

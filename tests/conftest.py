@@ -28,9 +28,10 @@ FDS = Path("/proc/self/fd")
 # A shared machine can be slow at any moment: no deadline, and no complaint about slow generation. Another profile than
 # these two defaults: pytest --hypothesis-profile nightly.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("dev", max_examples=50, **_COMMON)
-settings.register_profile("ci", max_examples=200, derandomize=True, database=None, **_COMMON)
-settings.register_profile("nightly", max_examples=5000, stateful_step_count=200, **_COMMON)
+_LIMITED = {**_COMMON, "stateful_step_count": 60}
+settings.register_profile("dev", max_examples=50, **_LIMITED)
+settings.register_profile("ci", max_examples=200, derandomize=True, database=None, **_LIMITED)
+settings.register_profile("nightly", max_examples=10_000, stateful_step_count=200, **_COMMON)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "dev")
 
 

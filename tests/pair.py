@@ -235,7 +235,7 @@ class Side:
             if peer.machine is not machine:
                 used += peer.machine.receive(data[used:], self.pair.now)
             peer.rest = data[used:]
-            assert len(peer.rest) <= 8 + self.limits.max_frame
+            assert len(peer.rest) <= 8 + peer.limits.max_frame
             peer.check()
             if not peer.deceived:
                 peer.check_calm()

@@ -7,7 +7,6 @@ after ``closed``, and when all is over nothing is left in either multiplexer.
 
 import contextlib
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
@@ -293,4 +292,3 @@ class MuxModel(RuleBasedStateMachine):
 
 
 TestMuxModel = MuxModel.TestCase
-TestMuxModel.settings = settings(stateful_step_count=60)
