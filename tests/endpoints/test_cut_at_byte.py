@@ -60,7 +60,7 @@ async def run(certs, monkeypatch, cut, span, step):
         assert len(t.proxy) == 1
 
 
-STEPS = [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+STEPS = [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 
 
 @pytest.mark.parametrize("to", ["client", "target"])
