@@ -210,7 +210,7 @@ class Side:
         """Writes one batch."""
         machine = self.machine
         args = () if isinstance(machine, Rejoin) else (max_bytes,)
-        data = machine.data_to_send(self.pair.now, *args)
+        data = b"".join(machine.chunks_to_send(self.pair.now, *args))
         if not self.dead:
             self.wire += data
         if not machine.awake:
