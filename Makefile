@@ -3,14 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_READY := .venv/.bench
 SECONDS ?= 180
+# What is measured, all of it by default: make bench PEERS=openssh,yamux COLUMNS=bulk,requests
+PEERS ?=
+COLUMNS ?=
+REPEATS ?= 3
 CUTS ?= 200
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
 PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; print(",".join(m.replace(".", "/") + ".py" for k in c if k["id"] == "pure-core" for m in k["source_modules"]))')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check compiled test-compiled bench isolation soak faults clean curl
+.PHONY: help demo test check compiled test-compiled bench bench-quick bench-micro isolation soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -34,8 +39,14 @@ compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modul
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
 	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
 
-bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
-	@$(BIN)/python -m bench
+bench: $(BENCH_READY) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
+	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
+
+bench-quick: $(BENCH_READY) ## measure bulk and requests beside OpenSSH and yamux (two minutes)
+	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
+
+bench-micro: $(BENCH_READY) ## measure the core alone, in memory
+	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
 	@$(BIN)/python -m bench.isolation
@@ -45,6 +56,13 @@ soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and o
 
 faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigabyte of traffic; fails on any lost byte or leak
 	@$(BIN)/python -m bench.faults --cuts $(CUTS)
+
+$(BENCH_READY): $(READY)
+	@echo "Adding what the benchmarks need to .venv (once) ..."
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --editable '.[dev,bench]' \
+		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
+	@touch $@
 
 build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib -type f -not -name '*.pyc')
 	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
