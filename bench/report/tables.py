@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bench.columns import COLUMNS, Column
+from bench.columns import COLUMNS, Column, Figure
 from bench.goals import OURS, best, verdict
 from bench.results import Results
 
@@ -84,18 +84,19 @@ def tables(results: Results) -> Iterator[Table]:
                 unit = chosen[0][1].unit
                 yield _table(results, f"{family}: {name}, {unit}", chosen, [column.name for column, _ in chosen])
         else:
-            yield _table(results, family, shown, [f"{figure.name} {figure.unit}".strip() for _, figure in shown])
+            yield _table(
+                results, columns[0].name, shown, [f"{figure.name} {figure.unit}".strip() for _, figure in shown]
+            )
 
 
-def _table(results: Results, title: str, shown: list[tuple[Column, object]], heads: list[str]) -> Table:
+def _table(results: Results, title: str, shown: list[tuple[Column, Figure]], heads: list[str]) -> Table:
     rows, notes = [], []
     for peer in results.peers:
         cells = []
         for column, figure in shown:
-            name = figure.name  # type: ignore[attr-defined]
-            value = results.median(column.name, peer.name, name)
-            judged = verdict(results, column.name, name) if peer.name == OURS else None
-            text = "-" if value is None else spread(results.of(column.name, peer.name, name), value)
+            value = results.median(column.name, peer.name, figure.name)
+            judged = verdict(results, column.name, figure.name) if peer.name == OURS else None
+            text = "-" if value is None else spread(results.of(column.name, peer.name, figure.name), value)
             cells.append(Cell(text, judged is not None and not judged.reached))
         rows.append([Cell(peer.name), *cells])
         for column in dict.fromkeys(column for column, _ in shown):

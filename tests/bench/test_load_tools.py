@@ -1,0 +1,72 @@
+"""What iperf3 and wrk report, recorded, and how it is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.columns import tools
+from bench.columns.tools import Failed, parse_iperf, parse_wrk
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def test_one_direction():
+    transfer = parse_iperf((SAMPLES / "iperf3-down.json").read_bytes())
+    assert transfer.rate == pytest.approx(1431.2, abs=0.1) and transfer.bytes == 1434058752
+
+
+def test_both_directions_are_added():
+    transfer = parse_iperf((SAMPLES / "iperf3-bidir.json").read_bytes())
+    assert transfer.rate == pytest.approx(736.46 + 324.93, abs=0.1) and transfer.bytes == 744488960 + 328466432
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        (b"", "iperf3 reported nothing"),
+        (b'{"end": {}, "error": "unable to connect to server: Connection refused"}', "iperf3: unable to connect"),
+    ],
+)
+def test_a_transfer_that_failed(out, why):
+    with pytest.raises(Failed, match=why):
+        parse_iperf(out)
+
+
+def test_a_busy_server_is_asked_again_and_another_error_is_not(monkeypatch):
+    answers = [b'{"error": "error - the server is busy running a test. try again later"}', b'{"error": "it is broken"}']
+    monkeypatch.setattr(tools, "transfer_begun", lambda *_: None)
+    monkeypatch.setattr(tools, "transfer_ended", lambda *_: parse_iperf(answers.pop(0)))
+    monkeypatch.setattr(tools.time, "sleep", lambda _: None)
+    with pytest.raises(Failed, match="it is broken"):
+        tools.transfer(1, 1)
+    assert not answers
+
+
+def test_requests():
+    load = parse_wrk((SAMPLES / "wrk.txt").read_text())
+    assert load.rate == pytest.approx(89051.6, abs=0.1)
+    assert load.figures() == {"p50": 0.014, "p99": 3.237, "p99.9": 4.93}
+
+
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ((SAMPLES / "wrk-errors.txt").read_text(), "39234 requests failed"),
+        ("unable to connect to 127.0.0.1:9 Connection refused\n", "nothing: unable to connect to 127.0.0.1:9"),
+        ('result {"seconds": 1.0, "requests": 0, "errors": 0, "latency": {}}', "no request was answered"),
+    ],
+)
+def test_a_load_that_failed(out, why):
+    with pytest.raises(Failed, match=why):
+        parse_wrk(out)
+
+
+def test_the_script_asks_for_every_percentile():
+    script = tools.SCRIPT % ", ".join(f"{p:g}" for p in tools.PERCENTILES)
+    assert "ipairs({50, 99, 99.9})" in script and "%%" not in script
+
+
+def test_samples_are_json():
+    for file in SAMPLES.glob("*.json"):
+        assert json.loads(file.read_text())["end"]["sum_received"]["bytes"]
