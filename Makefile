@@ -46,7 +46,7 @@ bench-quick: $(BENCH_READY) ## measure bulk and requests beside OpenSSH and yamu
 	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
 
 bench-micro: $(BENCH_READY) ## measure the core alone, in memory
-	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
 	@$(BIN)/python -m bench.isolation
