@@ -15,7 +15,6 @@ global
   maxconn 9900
   ssl-default-bind-ciphersuites TLS_AES_128_GCM_SHA256
   ssl-default-server-ciphersuites TLS_AES_128_GCM_SHA256
-  tune.bufsize 65536
 defaults
   mode tcp
   timeout connect 10s
@@ -28,7 +27,7 @@ class HAProxy(Peer):
     """It is no reverse tunnel: the control plane's side dials the worker's, once for each connection."""
 
     name = "haproxy"
-    tuned = "mutual TLS 1.3 with AES-128-GCM, buffers of 64 KiB, a thread for each core; no multiplexing"
+    tuned = "mutual TLS 1.3 with AES-128-GCM, a thread for each core, buffers as they are by default (larger ones gained nothing); no multiplexing"
     needs: ClassVar = {"haproxy": "Debian's package is haproxy"}
     reference = True
     most_streams = 9_000  # two descriptors each, of 20,000

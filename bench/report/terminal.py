@@ -29,7 +29,7 @@ class Watch:
         what = f"{step.repeat}/{self._repeats} {step.column.name:11} {step.peer:12}"
         units = {figure.name: figure.unit for figure in step.column.figures}
         found = ", ".join(f"{name} {show(value)} {units[name]}".strip() for name, value in step.figures.items())
-        line = Text(f"{what} {found}").append(step.failure or "", style="red")
+        line = Text(f"{what} {found}").append(f" {step.failure}" if step.failure else "", style="red")
         self._progress.console.print(line, soft_wrap=True)
         self._progress.update(self._task, advance=step.cost, description=what)
 
