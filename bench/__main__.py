@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.columns import COLUMNS, Column
 from bench.peers import PEERS, Konnektor, Peer
+from bench.peers.go import GoPeer
 from bench.peers.konnektor import of_tree
 from bench.report.__main__ import write_plots
 from bench.results import Results
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--columns", metavar="NAMES", help=f"with commas: {', '.join(FAMILIES)} or a single one of "
                       f"{', '.join(COLUMNS)} (all)")  # fmt: skip
     made.add_argument("--repeats", type=int, default=3)
-    made.add_argument("--seconds", type=float, default=2, help="of each measurement")
+    made.add_argument("--seconds", type=float, default=2, help="of each measurement, whole ones (2)")
     made.add_argument("--against", metavar="TREE", type=Path, action="append", default=[],
                       help="another checkout of konnektor, measured beside this one; may be repeated")  # fmt: skip
     made.add_argument("--json", metavar="FILE", type=Path, help="write every sample here")
@@ -94,6 +95,8 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     results = Results(" ".join(["python -m bench", *sys.argv[1:]]), args.repeats, args.seconds)
+    if any(issubclass(peer, GoPeer) for peer in peers):
+        print("building the peers that are written in Go (minutes the first time) ...", file=sys.stderr)
     usable = prepare(peers, results)
     total = cost(usable, columns, args.repeats, args.seconds)
     for name, why in results.left_out.items():

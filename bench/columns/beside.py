@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from bench.columns.column import Column, Figure, Figures
-from bench.columns.tools import transfer, transfer_begun, transfer_ended, wrk
+from bench.columns.tools import transfer, transfer_begun, transfer_ended, whole, wrk
 from bench.peers.peer import Peer
 
 __all__ = ["COLUMNS"]
@@ -22,12 +22,12 @@ class Beside(Column):
     )  # fmt: skip
 
     def cost(self, seconds: float) -> float:
-        return 2 * seconds + 2 * LEAD + 1.5
+        return 2 * whole(seconds) + 2 * LEAD + 1.5
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
         alone = transfer(peer.ports["iperf"], seconds, "-P", "4")
         time.sleep(0.5)
-        long = seconds + 2 * LEAD
+        long = whole(seconds) + 2 * LEAD
         uploads = transfer_begun(peer.ports["iperf"], long, "-P", "4")
         try:
             time.sleep(LEAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from bench.columns.column import Column, Figure, Figures
-from bench.columns.tools import transfer
+from bench.columns.tools import transfer, whole
 from bench.peers.peer import Peer
 
 __all__ = ["COLUMNS"]
@@ -19,7 +19,7 @@ class Bulk(Column):
         self.name, self.about, self.args = name, about, args
 
     def cost(self, seconds: float) -> float:
-        return seconds + 0.7
+        return whole(seconds) + 0.7
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
         before = peer.cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.columns.column import Column, Figure, Figures
-from bench.columns.tools import transfer
+from bench.columns.tools import transfer, whole
 from bench.peers.peer import Link, Peer
 
 __all__ = ["COLUMNS", "LINK"]
@@ -23,7 +23,7 @@ class LongPath(Column):
     most_repeats = 2
 
     def cost(self, seconds: float) -> float:
-        return 2 * (WARM + seconds + 1) + 1.5
+        return 2 * (WARM + whole(seconds) + 1) + 1.5
 
     def unfit(self, peer: type[Peer]) -> str | None:
         return "no tunnel" if peer.name == "direct" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.columns.column import Column, Figure, Figures
-from bench.columns.tools import wrk
+from bench.columns.tools import whole, wrk
 from bench.peers.peer import Peer
 
 __all__ = ["COLUMNS"]
@@ -20,7 +20,7 @@ class Requests(Column):
         self.name, self.about, self.connections, self.args = name, about, connections, args
 
     def cost(self, seconds: float) -> float:
-        return max(1, round(seconds)) + 0.2
+        return whole(seconds) + 0.2
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
         before = peer.cpu()

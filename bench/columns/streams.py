@@ -6,7 +6,7 @@ import time
 
 from bench.columns.column import Column, Figure, Figures
 from bench.columns.idle import Idle
-from bench.columns.tools import Failed, wrk
+from bench.columns.tools import Failed, whole, wrk
 from bench.peers.peer import Peer
 
 __all__ = ["COLUMNS", "COUNTS"]
@@ -28,7 +28,7 @@ class Streams(Column):
     most_repeats = 2
 
     def cost(self, seconds: float) -> float:
-        return len(COUNTS) * (max(1, round(seconds)) + 0.5) + 6
+        return len(COUNTS) * (whole(seconds) + 0.5) + 6
 
     def unfit(self, peer: type[Peer]) -> str | None:
         if peer.name == "direct":

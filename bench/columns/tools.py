@@ -20,6 +20,7 @@ __all__ = [
     "transfer",
     "transfer_begun",
     "transfer_ended",
+    "whole",
     "wrk",
 ]
 
@@ -38,6 +39,11 @@ class Failed(Exception):
     def __init__(self, text: str, figures: Mapping[str, float] | None = None) -> None:
         super().__init__(text)
         self.figures = figures or {}
+
+
+def whole(seconds: float) -> int:
+    """What both tools take; to iperf3 half a second is none, and that is for ever."""
+    return max(1, round(seconds))
 
 
 # Bulk
@@ -74,7 +80,7 @@ def parse_iperf(out: bytes) -> Transfer:
 
 
 def iperf(port: int, seconds: float, *args: str) -> list[str]:
-    return ["iperf3", "-J", "-c", "127.0.0.1", "-p", str(port), "-t", f"{seconds:g}", *args]
+    return ["iperf3", "-J", "-c", "127.0.0.1", "-p", str(port), "-t", str(whole(seconds)), *args]
 
 
 def transfer(port: int, seconds: float, *args: str) -> Transfer:
@@ -181,9 +187,8 @@ def wrk(port: int, seconds: float, connections: int, *args: str) -> Load:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT % ", ".join(f"{p:g}" for p in PERCENTILES))
         script.flush()
-        # wrk takes whole seconds; a fraction becomes the next.
         command = [
-            "wrk", "-t", str(min(2, connections)), "-c", str(connections), "-d", f"{max(1, round(seconds))}", "--timeout", "10",
+            "wrk", "-t", str(min(2, connections)), "-c", str(connections), "-d", str(whole(seconds)), "--timeout", "10",
             "-s", str(Path(script.name)), *args, f"http://127.0.0.1:{port}/",
         ]  # fmt: skip
         try:

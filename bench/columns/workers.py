@@ -46,8 +46,8 @@ def connected(process: subprocess.Popen[bytes], count: int, patience: float = PA
 class Workers(Column):
     name = family = "workers"
     about = (
-        f"{COUNT:,} workers, all in one process, dial one control plane; then that is killed and started again: seconds until all "
-        "are back"
+        f"{COUNT:,} workers, all in one process that needs as much of the CPU, dial one control plane; memory is what that grows by "
+        "for each; then it is killed and started again, and the storm is the seconds until all are back"
     )
     figures = (
         Figure("handshakes", "/s", "more"), Figure("CPU", "ms/worker", "less"), Figure("memory", "KB/worker", "less"),

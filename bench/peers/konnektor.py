@@ -63,19 +63,10 @@ class Konnektor(Peer):
         for number in range(count):
             if not (folder / f"w{number}.pem").exists():
                 pki.issue(folder, "worker", f"w{number}")
-        env = {
-            **(self.env or os.environ),
-            "PYTHONPATH": os.pathsep.join([(self.env or {}).get("PYTHONPATH", ""), str(ROOT)]),
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "bench.peers.konnektor_workers",
-            f"127.0.0.1:{self.tunnel}",
-            str(folder),
-            str(count),
-        ]
-        return self.run(None, *command, stdout=subprocess.PIPE, env=env)
+        # By its file: another tree has a bench/ of its own. With -P this directory's konnektor.py is not taken for konnektor.
+        script = ROOT / "bench" / "peers" / "konnektor_workers.py"
+        command = [sys.executable, "-P", str(script), f"127.0.0.1:{self.tunnel}", str(folder), str(count)]
+        return self.run(None, *command, stdout=subprocess.PIPE, env=self.env or {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def of_tree(tree: Path) -> type[Konnektor]:

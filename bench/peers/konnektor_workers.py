@@ -1,4 +1,4 @@
-"""Many workers in one process: ``python -m bench.peers.konnektor_workers HOST:PORT PKI COUNT``."""
+"""Many workers in one process: ``python -P bench/peers/konnektor_workers.py HOST:PORT PKI COUNT``."""
 
 from __future__ import annotations
 

@@ -221,9 +221,18 @@ class Peer(ABC):
             peer.stop()
 
     def stop(self) -> None:
-        for process in self.processes:
+        """Ends every process, and waits for it."""
+        ends = [process for side in SIDES for process in self.sides[side]]
+        others = [process for process in self.processes if process not in ends]
+        # An end that loses its connection first may want it back: what is between them goes last.
+        self._end(ends)
+        self._end(others)
+
+    @staticmethod
+    def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
             process.terminate()
-        for process in self.processes:
+        for process in processes:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:

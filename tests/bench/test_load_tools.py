@@ -62,6 +62,12 @@ def test_a_load_that_failed(out, why):
         parse_wrk(out)
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1"), (1, "1"), (1.6, "2"), (3.0, "3")])
+def test_tools_are_given_whole_seconds(seconds, said):
+    command = tools.iperf(1, seconds)
+    assert command[command.index("-t") + 1] == said
+
+
 def test_the_script_asks_for_every_percentile():
     script = tools.SCRIPT % ", ".join(f"{p:g}" for p in tools.PERCENTILES)
     assert "ipairs({50, 99, 99.9})" in script and "%%" not in script
