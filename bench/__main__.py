@@ -62,7 +62,7 @@ def chosen_peers(args: argparse.Namespace) -> list[type[Peer]]:
         if not (tree / "konnektor" / "__init__.py").is_file():
             raise Wrong(f"{tree} is no checkout of konnektor")
     others = [of_tree(tree) for tree in args.against]
-    chosen = [Konnektor, *others, *(PEERS[name] for name in names if name != Konnektor.name)]
+    chosen: list[type[Peer]] = [Konnektor, *others, *(PEERS[name] for name in names if name != Konnektor.name)]
     if len({peer.name for peer in chosen}) < len(chosen):
         raise Wrong("two of the trees or peers have the same name")
     return chosen

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -84,11 +83,9 @@ class Results:
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, column: str, peer: str, figures: Mapping[str, float]) -> None:
-        """One repeat; what is not a number is left out."""
         mine = self.samples.setdefault(column, {}).setdefault(peer, {})
         for figure, value in figures.items():
-            if isfinite(value):
-                mine.setdefault(figure, []).append(value)
+            mine.setdefault(figure, []).append(value)
 
     def fail(self, column: str, peer: str, why: str) -> None:
         self.failures.setdefault(column, {})[peer] = why

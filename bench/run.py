@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from bench.columns import Column, Figures
@@ -135,5 +136,6 @@ def measure(
                             figures = error.figures
                         failure = re.sub(r"\s+", " ", f"{error}")[:200] or type(error).__name__
                         results.fail(column.name, name, failure)
+                    figures = {figure: value for figure, value in figures.items() if isfinite(value)}
                     results.add(column.name, name, figures)
                     report(Step(repeat, column, name, figures, failure, column.cost(results.seconds)))

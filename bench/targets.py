@@ -1,4 +1,4 @@
-"""What the tunnels lead to: iperf3 and nginx."""
+"""What the tunnels lead to: nginx, and a port for the iperf3 server of each test."""
 
 from __future__ import annotations
 
@@ -28,23 +28,17 @@ def missing_tools() -> list[str]:
 
 @contextmanager
 def targets(directory: Path, descriptors: int) -> Iterator[dict[str, int]]:
-    """Ports by name, of servers that live in the block."""
+    """Ports by name: "http" of a server that lives in the block, "iperf" of one that each test starts."""
     ports = {"iperf": free_port(), "http": free_port()}
     config = directory / "nginx.conf"
     config.write_text(
         NGINX.format(dir=directory, port=ports["http"], descriptors=descriptors, connections=descriptors - 100)
     )
-    commands = [
-        ["iperf3", "-s", "-B", "127.0.0.1", "-p", str(ports["iperf"])],
-        [executable("nginx") or "nginx", "-c", str(config), "-e", str(directory / "nginx.err")],
-    ]
-    processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
+    command = [executable("nginx") or "nginx", "-c", str(config), "-e", str(directory / "nginx.err")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for port in ports.values():
-            wait_for_port(port)
+        wait_for_port(ports["http"])
         yield ports
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+        process.terminate()
+        process.wait()

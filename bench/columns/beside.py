@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from bench.columns.column import Column, Figure, Figures
-from bench.columns.tools import transfer, transfer_begun, transfer_ended, whole, wrk
+from bench.columns.tools import transfer, transfer_begun, whole, wrk
 from bench.peers.peer import Peer
 
 __all__ = ["COLUMNS"]
@@ -25,15 +25,11 @@ class Beside(Column):
         return 2 * whole(seconds) + 2 * LEAD + 1.5
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
-        alone = transfer(peer.ports["iperf"], seconds, "-P", "4")
-        time.sleep(0.5)
-        long = whole(seconds) + 2 * LEAD
-        uploads = transfer_begun(peer.ports["iperf"], long, "-P", "4")
-        try:
+        alone = transfer(peer, seconds, "-P", "4")
+        with transfer_begun(peer, whole(seconds) + 2 * LEAD, "-P", "4") as ended:
             time.sleep(LEAD)
             load = wrk(peer.ports["http"], seconds, 1)
-        finally:
-            bulk = transfer_ended(uploads, long)
+            bulk = ended()
         return {
             "p50": load.latency["50"],
             "p99": load.latency["99"],

@@ -23,7 +23,7 @@ class Bulk(Column):
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
         before = peer.cpu()
-        received = transfer(peer.ports["iperf"], seconds, *self.args)
+        received = transfer(peer, seconds, *self.args)
         time.sleep(0.2)
         return {"rate": received.rate, "CPU": (peer.cpu() - before) / (received.bytes / 1e9)}
 

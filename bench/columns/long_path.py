@@ -31,7 +31,7 @@ class LongPath(Column):
     def measure(self, peer: Peer, seconds: float) -> Figures:
         with peer.another(link=LINK) as far:
             return {
-                name: transfer(far.ports["iperf"], seconds, "-O", str(WARM), *args).rate
+                name: transfer(far, seconds, "-O", str(WARM), *args).rate
                 for name, args in (("up", ()), ("down", ("-R",)))
             }
 

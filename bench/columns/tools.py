@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.peers.peer import Peer
 
 __all__ = [
     "Failed",
@@ -19,7 +21,6 @@ __all__ = [
     "parse_wrk",
     "transfer",
     "transfer_begun",
-    "transfer_ended",
     "whole",
     "wrk",
 ]
@@ -83,42 +84,62 @@ def iperf(port: int, seconds: float, *args: str) -> list[str]:
     return ["iperf3", "-J", "-c", "127.0.0.1", "-p", str(port), "-t", str(whole(seconds)), *args]
 
 
-def transfer(port: int, seconds: float, *args: str) -> Transfer:
+@contextmanager
+def server(port: int) -> Iterator[None]:
+    """An iperf3 server for one test, when it is ready.
+
+    Its own word for it is taken: a probe of the port would be that test. One that is kept for more tests is busy for a
+    moment after each, and for good (3.12) after one that broke off.
+
+    Raises:
+        Failed: it does not start.
+    """
+    command = ["iperf3", "-s", "-1", "--forceflush", "-B", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    try:
+        if not any(b"Server listening" in line for line in process.stdout):
+            raise Failed("the iperf3 server did not start")
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def transfer_begun(peer: Peer, seconds: float, *args: str) -> Iterator[Callable[[], Transfer]]:
+    """A test that runs beside something else; what the block gets waits for its end.
+
+    Raises:
+        Failed: it failed.
+    """
+    with server(peer.targets["iperf"]):
+        process = subprocess.Popen(
+            iperf(peer.ports["iperf"], seconds, *args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+        def ended() -> Transfer:
+            try:
+                out, _ = process.communicate(timeout=seconds + PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise Failed(f"iperf3 did not end within {seconds + PATIENCE:g} s") from None
+            return parse_iperf(out)
+
+        try:
+            yield ended
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def transfer(peer: Peer, seconds: float, *args: str) -> Transfer:
     """One test.
 
     Raises:
         Failed: it failed.
     """
-    for attempt in range(6):
-        process = transfer_begun(port, seconds, *args)
-        try:
-            return transfer_ended(process, seconds)
-        except Failed as error:
-            # Its server takes one test at a time, and is busy for a moment after each.
-            if "busy" not in str(error) or attempt == 5:
-                raise
-            time.sleep(0.5)
-    raise AssertionError
-
-
-def transfer_begun(port: int, seconds: float, *args: str) -> subprocess.Popen[bytes]:
-    """A test that runs beside something else."""
-    return subprocess.Popen(iperf(port, seconds, *args), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-
-def transfer_ended(process: subprocess.Popen[bytes], seconds: float) -> Transfer:
-    """What came of it.
-
-    Raises:
-        Failed: nothing.
-    """
-    try:
-        out, _ = process.communicate(timeout=seconds + PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise Failed(f"iperf3 did not end within {seconds + PATIENCE:g} s") from None
-    return parse_iperf(out)
+    with transfer_begun(peer, seconds, *args) as ended:
+        return ended()
 
 
 # Requests

@@ -18,3 +18,6 @@ class Direct(Peer):
 
     def start(self) -> None:
         self.ports = dict(self.targets)
+
+    def wait_until_ready(self) -> None:
+        """The targets are."""

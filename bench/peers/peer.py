@@ -147,7 +147,9 @@ class Peer(ABC):
         command = [str(arg) for arg in args]
         with self.log(len(self.processes)).open("ab") as file:
             options = {"stdout": file, "stderr": file, "stdin": subprocess.DEVNULL, **kwargs}
-            process = subprocess.Popen([executable(command[0]) or command[0], *command[1:]], **options)  # type: ignore[call-overload]
+            process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]
+                [executable(command[0]) or command[0], *command[1:]], **options
+            )
         self.processes.append(process)
         self._begun[process.pid] = (side, args, kwargs)
         if side is not None:

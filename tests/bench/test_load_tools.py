@@ -1,7 +1,11 @@
 """What iperf3 and wrk report, recorded, and how it is read."""
 
 import json
+import subprocess
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,14 +37,27 @@ def test_a_transfer_that_failed(out, why):
         parse_iperf(out)
 
 
-def test_a_busy_server_is_asked_again_and_another_error_is_not(monkeypatch):
-    answers = [b'{"error": "error - the server is busy running a test. try again later"}', b'{"error": "it is broken"}']
-    monkeypatch.setattr(tools, "transfer_begun", lambda *_: None)
-    monkeypatch.setattr(tools, "transfer_ended", lambda *_: parse_iperf(answers.pop(0)))
-    monkeypatch.setattr(tools.time, "sleep", lambda _: None)
-    with pytest.raises(Failed, match="it is broken"):
-        tools.transfer(1, 1)
-    assert not answers
+def test_a_server_that_does_not_start(monkeypatch):
+    monkeypatch.setattr(tools.subprocess, "Popen", partial(subprocess.Popen, executable="/bin/false"))
+    with pytest.raises(Failed, match="server did not start"), tools.server(1):
+        pass
+
+
+def test_a_test_that_does_not_end_is_killed(monkeypatch):
+    begun, real = [], subprocess.Popen
+
+    def sleep(command, **options):
+        process = real(["sleep", "60"], **options)
+        begun.append(process)
+        return process
+
+    monkeypatch.setattr(tools, "server", lambda _: nullcontext())
+    monkeypatch.setattr(tools.subprocess, "Popen", sleep)
+    monkeypatch.setattr(tools, "PATIENCE", 0.1)
+    peer = SimpleNamespace(ports={"iperf": 1}, targets={"iperf": 2})
+    with pytest.raises(Failed, match="did not end within"):
+        tools.transfer(peer, 0)
+    assert begun[0].returncode is not None
 
 
 def test_requests():

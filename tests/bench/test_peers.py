@@ -108,6 +108,7 @@ def test_openssh_encrypts_with_its_fastest_cipher_at_either_end(started):
         assert flags(made.commands, server).startswith("sshd -D")
         assert f" {option} 127.0.0.1:{made.ports['http']}:127.0.0.1:10502 " in flags(made.commands, client)
         assert all("Ciphers=aes128-gcm@openssh.com" in command for _, command in made.commands)
+        assert " -N " not in flags(made.commands, client) and " -tt " in flags(made.commands, client)
         shutil.rmtree(made.directory / "ssh")
 
 
@@ -207,9 +208,7 @@ def test_a_peer_that_does_not_start_leaves_nothing_running(tmp_path):
     assert started[0].processes[0].returncode is not None
 
 
-def test_a_killed_process_comes_back_on_its_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer.Peer, "wait_until_ready", lambda _: None)
-
+def test_a_killed_process_comes_back_on_its_side(tmp_path):
     class Sleeper(PEERS["direct"]):
         def start(self):
             self.run(CONTROL_PLANE, sys.executable, "-c", "import time; time.sleep(60)")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import json
 import re
 import subprocess
 import sys
@@ -48,12 +47,6 @@ def test_a_file_of_something_else_is_refused(text, tmp_path):
     done = subprocess.run([sys.executable, "-m", "bench.report", tmp_path / "x.json"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"{tmp_path}/x.json is not a result of python -m bench --json (format 1)\n"
-
-
-def test_what_is_not_a_number_is_left_out(results):
-    results.add("down", "direct", {"rate": 1.0, "CPU": float("nan")})
-    assert results.samples["down"]["direct"] == {"rate": [1.0]}
-    json.dumps(results.samples, allow_nan=False)
 
 
 def test_the_best_peer_is_none_of_ours_and_does_the_same_job(results):

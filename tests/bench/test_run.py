@@ -43,7 +43,7 @@ seen = []
 
 
 def kind(name):
-    return type(name, (Direct,), {"name": name, "wait_until_ready": lambda _: None})
+    return type(name, (Direct,), {"name": name})
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ def test_a_broken_peer_does_not_end_the_run(results, tmp_path):
     assert [(step.repeat, step.peer, step.failure) for step in steps] == [
         (1, "bad", "it broke"), (1, "good", None), (2, "bad", "it broke"), (2, "good", None)
     ]  # fmt: skip
+
+
+def test_what_is_not_a_number_is_left_out(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(Once, "measure", lambda *_: {"it": 1.0, "CPU": float("nan")})
+    measure([kind("good")], [Once()], results, tmp_path, lambda step: seen.append(step.figures))
+    assert seen == [{"it": 1.0}] * 2 and results.samples["once"]["good"] == {"it": [1.0, 1.0]}
 
 
 def test_a_broken_peer_is_started_anew_and_others_are_not(results, tmp_path):
