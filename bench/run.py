@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 from bench.columns import Column, Figures
 from bench.columns.tools import Failed
 from bench.peers import Peer
+from bench.peers.go import GoPeer
 from bench.peers.konnektor import Konnektor
 from bench.peers.peer import Unusable, said
 from bench.processes import raise_descriptor_limit
@@ -111,8 +113,10 @@ def measure(
     """
     results.tools = {
         "iperf3": said(["iperf3", "--version"], r"iperf (\S+)"), "wrk": said(["wrk", "-v"], r"wrk (?:debian/)?(\S+)"),
-        "nginx": said(["nginx", "-v"], r"nginx/(\S+)"),
+        "nginx": said(["nginx", "-v"], r"nginx/(\S+)"), "OpenSSL": ssl.OPENSSL_VERSION.split()[1],
     }  # fmt: skip
+    if any(issubclass(peer, GoPeer) for peer in chosen):
+        results.tools["Go"] = said(["go", "version"], r"go(\d\S*)")
     with ExitStack() as stack:
         ports = stack.enter_context(targets(directory, raise_descriptor_limit()))
         entries = [_Entry(kind, ports, directory) for kind in chosen]
