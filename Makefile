@@ -3,7 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_READY := .venv/.ready-bench
+FUZZ_READY := .venv/.ready-fuzz
 SECONDS ?= 180
+# What is measured, all of it by default: make bench PEERS=openssh,yamux COLUMNS=bulk,requests
+PEERS ?=
+COLUMNS ?=
+REPEATS ?= 3
 CUTS ?= 200
 FUZZ ?= decoder sessions
 FUZZ_SECONDS ?= 60
@@ -12,7 +18,7 @@ PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check nightly fuzz compiled test-compiled bench isolation soak faults clean curl
+.PHONY: help demo test check nightly fuzz compiled test-compiled bench bench-quick bench-micro isolation soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -35,7 +41,7 @@ nightly: $(READY) ## the property tests with thousands of examples, and the test
 	$(BIN)/pytest tests/property --hypothesis-profile nightly --timeout 7200
 	$(BIN)/pytest tests -m slow
 
-fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
+fuzz: $(FUZZ_READY) ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
 	@for target in $(FUZZ); do \
 		$(BIN)/python -m fuzz run $$target --seconds $(FUZZ_SECONDS) || { echo "Found something. To see it again: $(BIN)/python -m fuzz replay build/fuzz/$$target/crashes/*" >&2; exit 1; }; \
 	done
@@ -45,8 +51,14 @@ compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modul
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
 	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
 
-bench: $(READY) ## measure beside OpenSSH (five minutes; needs iperf3, wrk, nginx and OpenSSH)
-	@$(BIN)/python -m bench
+bench: $(BENCH_READY) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
+	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
+
+bench-quick: $(BENCH_READY) ## measure bulk and requests beside OpenSSH and yamux (two minutes)
+	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
+
+bench-micro: $(BENCH_READY) ## measure the core alone, in memory
+	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
 	@$(BIN)/python -m bench.isolation
@@ -56,6 +68,20 @@ soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and o
 
 faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigabyte of traffic; fails on any lost byte or leak
 	@$(BIN)/python -m bench.faults --cuts $(CUTS)
+
+$(FUZZ_READY): $(READY)
+	@echo "Adding what fuzzing needs to .venv (once) ..."
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --editable '.[dev,fuzz]' \
+		|| { echo "atheris could not be installed: pip says why above. It is there for Linux on x86-64." >&2; exit 1; }
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	@echo "Adding what the benchmarks need to .venv (once) ..."
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install --quiet --editable '.[dev,bench]' \
+		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
+	@touch $@
 
 build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib fuzz -type f -not -name '*.pyc')
 	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
@@ -74,12 +100,6 @@ clean: ## remove .venv/ and everything built or cached
 
 curl:
 	@command -v curl >/dev/null || { echo "curl is missing: please install it." >&2; exit 1; }
-
-.venv/.ready-fuzz: $(READY)
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(BIN)/python -m pip install --quiet --editable '.[dev,fuzz]' \
-		|| { echo "atheris could not be installed: pip says why above. It is there for Linux on x86-64." >&2; exit 1; }
-	@touch $@
 
 $(READY): pyproject.toml constraints.txt | curl
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is missing: please install Python 3.11 or newer, or name one with PYTHON=." >&2; exit 1; }

@@ -1,116 +1,119 @@
-"""Measures konnektor beside its peers: ``python -m bench --peers konnektor,openssh --repeats 3``."""
+"""Measures konnektor beside its peers: ``python -m bench --peers openssh,yamux --columns bulk,requests``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bench.columns import COLUMNS
-from bench.peers import PEERS, Konnektor, Peer, free_port, wait_for_port
+from bench.columns import COLUMNS, Column
+from bench.peers import PEERS, Konnektor, Peer
+from bench.peers.go import GoPeer
+from bench.peers.konnektor import of_tree
+from bench.report.__main__ import write_plots
+from bench.results import Results
+from bench.run import cost, measure, prepare
+from bench.targets import missing_tools
 
-NGINX = """
-worker_processes 1; daemon off; pid {dir}/nginx.pid; error_log {dir}/nginx.err;
-events {{ worker_connections 16384; }}
-http {{ access_log off; keepalive_requests 100000000; client_body_temp_path {dir}; proxy_temp_path {dir};
-  fastcgi_temp_path {dir}; uwsgi_temp_path {dir}; scgi_temp_path {dir};
-  server {{ listen 127.0.0.1:{port} backlog=4096; return 200 "ok\\n"; }} }}
-"""
+__all__ = ["main"]
 
-
-@contextmanager
-def targets(directory: Path) -> Iterator[dict[str, int]]:
-    """iperf3 twice (it serves one test at a time) and nginx."""
-    ports = {"iperf": free_port(), "iperf2": free_port(), "http": free_port()}
-    config = directory / "nginx.conf"
-    config.write_text(NGINX.format(dir=directory, port=ports["http"]))
-    commands = [
-        ["iperf3", "-s", "-B", "127.0.0.1", "-p", str(ports["iperf"])],
-        ["iperf3", "-s", "-B", "127.0.0.1", "-p", str(ports["iperf2"])],
-        [shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(config), "-e", str(directory / "nginx.err")],
-    ]
-    processes = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
-    try:
-        for port in ports.values():
-            wait_for_port(port)
-        yield ports
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait()
+FAMILIES: dict[str, list[str]] = {}
+for _column in COLUMNS.values():
+    FAMILIES.setdefault(_column.family, []).append(_column.name)
 
 
-def rows(results: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[str]:
-    peers = list(next(iter(results.values())))
-    yield "| column | figure | " + " | ".join(peers) + " |"
-    yield "|---|---|" + "---|" * len(peers)
-    for column, by_peer in results.items():
-        for figure in by_peer[peers[0]]:
-            cells = []
-            for peer in peers:
-                values = by_peer[peer][figure]
-                low, middle, high = min(values), statistics.median(values), max(values)
-                digits = 0 if middle >= 100 else 2 if middle >= 1 else 3
-                cells.append(f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})")
-            yield f"| {column} | {figure} | " + " | ".join(cells) + " |"
+class Wrong(Exception):
+    """The command line does not say what to do."""
+
+
+def choose(text: str, what: str, known: Mapping[str, Iterable[str]]) -> list[str]:
+    """Names from a list with commas, each once; ``known`` says what each stands for.
+
+    Raises:
+        Wrong: one is not known.
+    """
+    chosen: dict[str, None] = {}
+    for name in (part.strip() for part in text.split(",")):
+        if name not in known:
+            raise Wrong(f"{name!r} is no {what}: choose from {', '.join(known)}")
+        chosen.update(dict.fromkeys(known[name]))
+    return list(chosen)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    made.add_argument("--peers", metavar="NAMES", help=f"with commas; besides konnektor: {', '.join(PEERS)} (all)")
+    made.add_argument("--columns", metavar="NAMES", help=f"with commas: {', '.join(FAMILIES)} or a single one of "
+                      f"{', '.join(COLUMNS)} (all)")  # fmt: skip
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--seconds", type=float, default=2, help="of each measurement, whole ones (2)")
+    made.add_argument("--against", metavar="TREE", type=Path, action="append", default=[],
+                      help="another checkout of konnektor, measured beside this one; may be repeated")  # fmt: skip
+    made.add_argument("--json", metavar="FILE", type=Path, help="write every sample here")
+    made.add_argument("--svg", metavar="DIR", type=Path, help="write plots there")
+    return made
+
+
+def chosen_peers(args: argparse.Namespace) -> list[type[Peer]]:
+    names = choose(args.peers, "peer", {name: [name] for name in PEERS}) if args.peers else list(PEERS)
+    for tree in args.against:
+        if not (tree / "konnektor" / "__init__.py").is_file():
+            raise Wrong(f"{tree} is no checkout of konnektor")
+    others = [of_tree(tree) for tree in args.against]
+    chosen: list[type[Peer]] = [Konnektor, *others, *(PEERS[name] for name in names if name != Konnektor.name)]
+    if len({peer.name for peer in chosen}) < len(chosen):
+        raise Wrong("two of the trees or peers have the same name")
+    return chosen
+
+
+def chosen_columns(args: argparse.Namespace) -> list[Column]:
+    names = (
+        choose(args.columns, "column", {**FAMILIES, **{name: [name] for name in COLUMNS}}) if args.columns else COLUMNS
+    )
+    return [COLUMNS[name] for name in names]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--peers", default="konnektor,openssh", help=", ".join(PEERS))
-    parser.add_argument("--columns", default=",".join(COLUMNS), help=", ".join(COLUMNS))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2)
-    parser.add_argument("--against", metavar="TREE", type=Path, action="append", default=[],
-                        help="another checkout of konnektor, measured beside this one; may be repeated")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write every sample here")
-    args = parser.parse_args()
-    for tool in ("iperf3", "wrk", "nginx", "ssh"):
-        if shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin") is None:
-            sys.exit(f"{tool} is missing: the benchmark needs iperf3, wrk, nginx and OpenSSH's client and server")
-    chosen: list[type[Peer]] = [PEERS[name] for name in args.peers.split(",")]
-    for tree in args.against:
-        # Without SAFEPATH the working directory wins, and the same code is measured twice.
-        env = {**os.environ, "PYTHONPATH": str(tree.resolve()), "PYTHONSAFEPATH": "1"}
-        chosen.append(type(tree.name, (Konnektor,), {"name": tree.name, "env": env}))
-    columns = args.columns.split(",")
-    results: dict[str, dict[str, dict[str, list[float]]]] = {c: {p.name: {} for p in chosen} for c in columns}
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ports = stack.enter_context(targets(directory))
-        peers = []
-        for peer_class in chosen:
-            own = directory / peer_class.name
-            own.mkdir()
-            peer = peer_class(ports, own)
-            stack.callback(peer.stop)
-            peers.append(peer)
-        for repeat in range(args.repeats):
-            for column in columns:
-                for peer in peers:
-                    figures = COLUMNS[column](peer, args.seconds)
-                    for figure, value in figures.items():
-                        results[column][peer.name].setdefault(figure, []).append(value)
-                    shown = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
-                    print(
-                        f"{repeat + 1}/{args.repeats} {column:12} {peer.name:10} {shown}", file=sys.stderr, flush=True
-                    )
-        versions = ", ".join(f"{peer.name} {peer.version}" for peer in peers)
-    print(f"`python -m bench {' '.join(sys.argv[1:])}`\n")
-    print(f"{versions}; Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}; "
-          f"median (lowest-highest) of {args.repeats} interleaved repeats\n")  # fmt: skip
-    print("\n".join(rows(results)))
+    args = parser().parse_args()
+    try:
+        peers, columns = chosen_peers(args), chosen_columns(args)
+        if args.repeats < 1 or args.seconds <= 0:
+            raise Wrong("--repeats and --seconds must be above 0")
+        if missing := missing_tools():
+            raise Wrong(
+                f"{', '.join(missing)} missing: the benchmark needs iperf3, wrk and nginx (Debian's names, too)"
+            )
+        try:
+            from bench.report.terminal import show_tables, watch
+        except ModuleNotFoundError:
+            raise Wrong(
+                "the package rich is missing: the extra `bench` has it, and `make bench` installs that"
+            ) from None
+    except Wrong as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    results = Results(" ".join(["python -m bench", *sys.argv[1:]]), args.repeats, args.seconds)
+    if any(issubclass(peer, GoPeer) for peer in peers):
+        print("building the peers that are written in Go (minutes the first time) ...", file=sys.stderr)
+    usable = prepare(peers, results)
+    total = cost(usable, columns, args.repeats, args.seconds)
+    for name, why in results.left_out.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    print(f"about {max(1, round(total / 60))} min: {len(usable)} peers, {len(columns)} columns", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="konnektor-bench-") as directory, watch(total, args.repeats) as progress:
+        try:
+            measure(usable, columns, results, Path(directory), progress)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured follows", file=sys.stderr)
+    show_tables(results)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        results.save(args.json)
+    if args.svg:
+        write_plots(results, args.svg)
+    broken = [column for column, peers in results.failures.items() if Konnektor.name in peers]
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

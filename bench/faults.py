@@ -303,7 +303,7 @@ async def trial(directory: Path, *, cuts: int, megabytes: float, seed: int, sile
         traffic = Traffic(tunnel.ports["all"], (tunnel.frontend, tunnel.name_of(port)), outcome)
         for once in (traffic.upload, traffic.download, traffic.visit):  # what is allocated once is no leak
             await once()
-        idle, before = await settled(tunnel, [0, 0], seconds=1), tunnel.resident()
+        idle, before = await settled(tunnel, [0, 0], seconds=1), tunnel.megabytes()
         start = time.monotonic()
         kinds = [("upload", traffic.upload, 0.0), ("download", traffic.download, 0.0), *[("talk", traffic.talk, 0.0)] * 4,
                  *[("visit", traffic.visit, 0.05)] * 2]  # fmt: skip
@@ -315,7 +315,7 @@ async def trial(directory: Path, *, cuts: int, megabytes: float, seed: int, sile
             while not outcome.wrong and not tunnel.ended() and (not breaking.done() or outcome.bytes < megabytes * 1e6):
                 await asyncio.sleep(0.2)
                 if not tunnel.ended():
-                    peak = [max(pair) for pair in zip(peak, tunnel.resident(), strict=True)]
+                    peak = [max(pair) for pair in zip(peak, tunnel.megabytes(), strict=True)]
             traffic.done = True
             breaking.cancel()
             heal(proxy)

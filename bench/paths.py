@@ -25,6 +25,7 @@ from pathlib import Path as FilePath
 from typing import NamedTuple, cast
 
 import konnektor as kk
+from bench.link import queue
 from konnektor import pki, runtime
 from konnektor.frames import Feature
 from konnektor.handlers import Handlers
@@ -136,8 +137,7 @@ async def relay(targets: list[int], paths: list[Path], ports: Connection) -> Non
     async with AsyncExitStack() as stack:
         entries = []
         for path in paths:
-            # Without a rate TCP's own buffers are the queue, with one it is a tenth of a second.
-            size = 256 * MIB if path.rate is None else int(path.rate * (path.round_trip / 2 + 0.1))
+            size = queue(path.round_trip, path.rate)
             proxies = [
                 await stack.enter_async_context(
                     delaying_relay(f"127.0.0.1:{port}", path.round_trip, rate=path.rate, buffer=size)

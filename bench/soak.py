@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,9 @@ from pathlib import Path
 
 import uvloop
 
-from bench.peers import Konnektor, free_port, wait_for_port
+from bench.peers.konnektor import Konnektor
+from bench.peers.peer import CONTROL_PLANE, SIDES
+from bench.processes import free_port, wait_for_port
 from konnektor.testing import FaultProxy
 
 PATIENCE = 60
@@ -66,26 +67,23 @@ class Tunnel(Konnektor):
         self.frontend = f"127.0.0.1:{free_port()}"
         super().__init__(targets, directory)
 
-    def run(self, *args: str, **kwargs: object) -> subprocess.Popen[bytes]:
-        if "control-plane" in args:
-            args = (*args, "--frontend", f"http://{self.frontend}")
-        return super().run(*args, **kwargs)
+    def flags(self, side: str) -> list[str]:
+        return ["--frontend", f"http://{self.frontend}"] if side == CONTROL_PLANE else []
+
+    def wait_until_ready(self) -> None:
+        """As they say themselves: the servers come later."""
 
     def name_of(self, port: int) -> str:
         """What to ask the frontend for to reach a port at the worker."""
         return f"127.0.0.1.node.konnektor.internal:{port}"
 
-    def resident(self) -> list[float]:
-        """MB of both endpoints."""
-        texts = [Path(f"/proc/{process.pid}/status").read_text() for process in self.processes]
-        return [int(text.partition("VmRSS:")[2].split()[0]) / 1024 for text in texts]
+    def megabytes(self) -> list[float]:
+        """Resident memory of both endpoints."""
+        return [self.resident(side) / 1024 for side in SIDES]
 
     def descriptors(self) -> list[int]:
         """Open ones of both endpoints."""
         return [len(list(Path(f"/proc/{process.pid}/fd").iterdir())) for process in self.processes]
-
-    def ended(self) -> bool:
-        return any(process.poll() is not None for process in self.processes)
 
 
 async def run(*command: str, send: bytes = b"") -> bytes:
@@ -238,7 +236,7 @@ def report(rows: list[Row], tunnel: Tunnel, seconds: float) -> None:
         for error, count in row.errors.items():
             print(f"  {'':10} {count:6} x {error}")
     if not tunnel.ended():
-        for name, memory, count in zip(("plane", "worker"), tunnel.resident(), tunnel.descriptors(), strict=True):
+        for name, memory, count in zip(("plane", "worker"), tunnel.megabytes(), tunnel.descriptors(), strict=True):
             print(f"  {name:10} {memory:6.1f} MB {count:6} descriptors")
     sys.stdout.flush()
 

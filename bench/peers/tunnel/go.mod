@@ -1,0 +1,3 @@
+module konnektor/bench/tunnel
+
+go 1.24

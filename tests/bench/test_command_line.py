@@ -1,0 +1,43 @@
+"""The command line: what it refuses, and a real run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bench.results import Results
+from tests.tools import needs
+
+
+def run_bench(*args):
+    return subprocess.run([sys.executable, "-m", "bench", *args], capture_output=True, text=True, timeout=50)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--peers", "openssh,telnet"], "'telnet' is no peer: choose from konnektor, openssh,"),
+        (["--peers", "openssh,"], "'' is no peer: choose from"),
+        (["--columns", "bulks"], "'bulks' is no column: choose from bulk, requests,"),
+        (["--repeats", "0"], "--repeats and --seconds must be above 0"),
+        (["--against", "/nowhere"], "/nowhere is no checkout of konnektor"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(args, sentence):
+    done = run_bench(*args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+
+
+def test_a_real_run_of_a_column_or_two(tmp_path):
+    for tool in ("iperf3", "wrk", "nginx", "ssh", "sshd"):
+        needs(tool)
+    done = run_bench(
+        "--peers=openssh", "--columns=up,requests1", "--repeats=1", "--seconds=1", f"--json={tmp_path}/r.json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = Results.load(tmp_path / "r.json")
+    assert [peer.name for peer in found.peers] == ["konnektor", "openssh"] and not found.failures
+    for peer in ("konnektor", "openssh"):
+        assert found.median("up", peer, "rate") > 1 and found.median("requests1", peer, "rate") > 1
+    assert "konnektor and its goals" in done.stdout
