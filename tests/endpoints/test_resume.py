@@ -330,11 +330,11 @@ async def test_another_control_plane_has_taken_over(certs, log):
 
 
 async def test_the_grace_is_over_at_the_control_plane(certs):
-    async with target() as echo, proxied(certs, plane={"limits": kk.Limits(resume_grace=0.05)}) as t:
+    async with target() as echo, proxied(certs, plane={"limits": kk.Limits(resume_grace=0.5)}) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port)
         await echoes(stream, b"123")
         await suspended(t)
-        with pytest.raises(kk.SessionLost, match=r"connection lost: .*, and was not resumed within 0.05 s") as lost:
+        with pytest.raises(kk.SessionLost, match=r"connection lost: .*, and was not resumed within 0.5 s") as lost:
             await stream.receive()
         assert (lost.value.sent, lost.value.received) == (3, 3)
         assert t.plane.get("node-1") is None
@@ -346,11 +346,11 @@ async def test_the_grace_is_over_at_the_control_plane(certs):
 
 
 async def test_the_grace_is_over_at_the_worker(certs, log):
-    async with target() as echo, proxied(certs, limits=kk.Limits(resume_grace=0.05)) as t:
+    async with target() as echo, proxied(certs, limits=kk.Limits(resume_grace=0.5)) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port)
         await suspended(t)
         await t.client.wait_closed()
-        assert "not resumed within 0.05 s" in str(t.client.error)
+        assert "not resumed within 0.5 s" in str(t.client.error)
         assert t.session.suspended  # which waits for longer, but not once the worker starts afresh
         t.proxy.admit()
         with pytest.raises(kk.SessionLost, match="replaced by a newer session"):
