@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-BENCH_READY := .venv/.ready-bench
-FUZZ_READY := .venv/.ready-fuzz
 SECONDS ?= 180
 # What is measured, all of it by default: make bench PEERS=openssh,yamux COLUMNS=bulk,requests
 PEERS ?=
@@ -41,7 +39,7 @@ nightly: $(READY) ## the property tests with thousands of examples, and the test
 	$(BIN)/pytest tests/property --hypothesis-profile nightly --timeout 7200
 	$(BIN)/pytest tests -m slow
 
-fuzz: $(FUZZ_READY) ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
+fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
 	@for target in $(FUZZ); do \
 		$(BIN)/python -m fuzz run $$target --seconds $(FUZZ_SECONDS) || { echo "Found something. To see it again: $(BIN)/python -m fuzz replay build/fuzz/$$target/crashes/*" >&2; exit 1; }; \
 	done
@@ -51,13 +49,13 @@ compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modul
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
 	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
 
-bench: $(BENCH_READY) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
+bench: .venv/.ready-bench ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
 	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
 
-bench-quick: $(BENCH_READY) ## measure bulk and requests beside OpenSSH and yamux (two minutes)
+bench-quick: .venv/.ready-bench ## measure bulk and requests beside OpenSSH and yamux (two minutes)
 	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
 
-bench-micro: $(BENCH_READY) ## measure the core alone, in memory
+bench-micro: .venv/.ready-bench ## measure the core alone, in memory
 	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
@@ -69,17 +67,11 @@ soak: $(READY) ## load the tunnel for SECONDS (180) with iperf3, wrk, curl and o
 faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigabyte of traffic; fails on any lost byte or leak
 	@$(BIN)/python -m bench.faults --cuts $(CUTS)
 
-$(FUZZ_READY): $(READY)
-	@echo "Adding what fuzzing needs to .venv (once) ..."
+# What more than the tests need: .venv/.ready-bench and .venv/.ready-fuzz, by the extras of that name.
+.venv/.ready-%: $(READY)
+	@echo "Adding what $* needs to .venv (once) ..."
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(BIN)/python -m pip install --quiet --editable '.[dev,fuzz]' \
-		|| { echo "atheris could not be installed: pip says why above. It is there for Linux on x86-64." >&2; exit 1; }
-	@touch $@
-
-$(BENCH_READY): $(READY)
-	@echo "Adding what the benchmarks need to .venv (once) ..."
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(BIN)/python -m pip install --quiet --editable '.[dev,bench]' \
+		$(BIN)/python -m pip install --quiet --editable '.[dev,$*]' \
 		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
 	@touch $@
 

@@ -1,7 +1,8 @@
 """The multiplexer: many streams over one connection, as a machine without I/O or clock.
 
 Theory of operation. ``Mux.receive`` parses what the connection delivered, in place, and calls sinks;
-``Mux.data_to_send`` renders what should be written next (``chunks_to_send``, for those who can write several buffers at once). Both sides of a session run the same code.
+``Mux.data_to_send`` renders what should be written next (``chunks_to_send`` for who can write several buffers
+at once). Both sides of a session run the same code.
 Three rules prevent most of what goes wrong in multiplexers: receiving never waits for a stream;
 control is *state rendered at write time* (the latest credit, one PONG, one ACK), never a queue of replies;
 every wait has a deadline (``next_deadline`` and ``handle_timeout``).

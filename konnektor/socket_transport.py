@@ -54,7 +54,7 @@ class SocketTransport:
 
     def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         self._loop = asyncio.get_running_loop()
-        self._resets = _local.resets_of(self._loop)
+        self._resets = _resets_of(self._loop)
         self._sock = sock
         self.set_protocol(protocol)
         self._buffer: bytearray | None = None
@@ -257,15 +257,14 @@ class _Resets:
     socket. To ask each time would cost a system call for each read.
     """
 
-    __slots__ = ("_loop", "suspects")
+    __slots__ = ("loop", "suspects")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
         self.suspects: set[SocketTransport] = set()
 
     def ask_soon(self) -> None:
-        assert self._loop is not None
-        self._loop.call_later(ASK_AFTER, self._ask)
+        self.loop.call_later(ASK_AFTER, self._ask)
 
     def _ask(self) -> None:
         suspects, self.suspects = self.suspects, set()
@@ -274,15 +273,15 @@ class _Resets:
 
 
 class _Local(threading.local):
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._resets = _Resets(None)
-
-    def resets_of(self, loop: asyncio.AbstractEventLoop) -> _Resets:
-        """A thread has one loop at a time."""
-        if self._loop is not loop:
-            self._loop, self._resets = loop, _Resets(loop)
-        return self._resets
+    resets: _Resets | None = None
 
 
 _local = _Local()
+
+
+def _resets_of(loop: asyncio.AbstractEventLoop) -> _Resets:
+    """A thread has one loop at a time."""
+    resets = _local.resets
+    if resets is None or resets.loop is not loop:
+        resets = _local.resets = _Resets(loop)
+    return resets

@@ -32,6 +32,8 @@ class _Target(NamedTuple):
     host: str
     port: int
     protocol: Protocol
+    address: str | None
+    """Which was dialed; None if the connection was gone before it could be told."""
 
     def __str__(self) -> str:
         return format_protocol(self.protocol) + format_hostport(self.host, self.port)
@@ -85,38 +87,38 @@ class Targets:
         session, host, port = stream.session, request.host, request.port
         allow = self._allowed(session)
         protocol: Protocol = "udp" if isinstance(request, Udp) else "tcp"
-        target = _Target(session, stream._mux, host, port, protocol)
         try:
             allow.check_name(host, port, protocol)
             sock = await (dial_udp if protocol == "udp" else dial)(
                 host, port, check=allow.checker(host, port, protocol)
             )
+            target = _Target(session, stream._mux, host, port, protocol, _peer_address(sock))
             if self._allowed(session) is not allow:  # the rules have changed meanwhile
                 try:
-                    self._check(sock, target)
+                    self._check(target)
                 except DeniedError:
                     sock.close()
                     raise
         except StreamError as error:
-            session.log.warning("refused %s a stream to %s: %s", session.peer_name, target, error)
+            asked = format_protocol(protocol) + format_hostport(host, port)
+            session.log.warning("refused %s a stream to %s: %s", session.peer_name, asked, error)
             await stream.reject(error.code)
             return None
         self._open[sock] = target
         return sock
 
-    def _check(self, sock: socket.socket, target: _Target) -> None:
+    def _check(self, target: _Target) -> None:
         """Raises DeniedError if the rules as they are now do not allow what was dialed."""
-        try:
-            address = ip_address(sock.getpeername()[0].partition("%")[0])
-        except OSError:
-            return  # it is gone already
+        if target.address is None:
+            raise DeniedError(f"{target}: nobody knows any more what address this was")
+        address = ip_address(target.address.partition("%")[0])
         self._allowed(target.session).check_address(target.host, address, target.port, target.protocol)
 
     def judge(self) -> None:
         """The rules have changed: what they no longer allow ends, for its peer with DENIED."""
-        for sock, target in list(self._open.items()):
+        for target in list(self._open.values()):
             try:
-                self._check(sock, target)
+                self._check(target)
             except DeniedError as error:
                 target.session.log.warning("ended a stream of %s to %s: %s", target.session.peer_name, target, error)
                 target.stream.break_off(DeniedError("no longer allowed"), Code.DENIED)
@@ -145,3 +147,10 @@ class Targets:
     async def wait_closed(self) -> None:
         """Waits until every socket is closed. Cancelling is safe."""
         await self._changes.wait_for(lambda: not self._open)
+
+
+def _peer_address(sock: socket.socket) -> str | None:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:  # reset already
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import ClassVar
 
 from bench.peers.go import GoPeer
@@ -29,12 +30,7 @@ class Frp(GoPeer):
 
     def server_settings(self) -> dict[str, object]:
         files = self.certificates()
-        tls = {
-            "force": True,
-            "certFile": str(files.server),
-            "keyFile": str(files.server_key),
-            "trustedCaFile": str(files.ca),
-        }
+        tls = {"force": True, **self._tls(files.server, files.server_key)}
         return {
             "bindAddr": "127.0.0.1", "bindPort": self.tunnel, "proxyBindAddr": "127.0.0.1", "log": {"level": "error"},
             "transport": {"tcpMux": True, "maxPoolCount": 64, "tls": tls},
@@ -43,12 +39,7 @@ class Frp(GoPeer):
     def client_settings(self, address: str) -> dict[str, object]:
         files = self.certificates()
         host, _, port = address.rpartition(":")
-        tls = {
-            "enable": True,
-            "certFile": str(files.client),
-            "keyFile": str(files.client_key),
-            "trustedCaFile": str(files.ca),
-        }
+        tls = {"enable": True, **self._tls(files.client, files.client_key)}
         return {
             "serverAddr": host, "serverPort": int(port), "log": {"level": "error"},
             "transport": {"tcpMux": True, "poolCount": 64, "tls": tls},
@@ -57,3 +48,6 @@ class Frp(GoPeer):
                 for target, port in self.targets.items()
             ],
         }  # fmt: skip
+
+    def _tls(self, cert: Path, key: Path) -> dict[str, str]:
+        return {"certFile": str(cert), "keyFile": str(key), "trustedCaFile": str(self.certificates().ca)}

@@ -72,7 +72,7 @@ def _listen(text: str) -> str:
     help="Bound on what all sessions together may be granted, each its receive pool and replay buffer: workers that there "
     "is no room for are refused. Default: no bound. Example: --memory 4GiB --receive-pool 16MiB --max-streams 256",
 )
-@endpoint_options
+@endpoint_options(serves=lambda own: own["allow_from"])
 def control_plane(
     common: Common,
     listen: str,

@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -132,9 +132,22 @@ class Common:
     priorities: tuple[PriorityRule, ...]
 
 
-def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Adds the options of both endpoints to a command, which gets them as one ``Common``, first; logging is set up."""
+def endpoint_options(
+    serves: Callable[[Mapping[str, Any]], object] = lambda _own: True,
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds the options of both endpoints to a command, which gets them as one ``Common``, first; logging is set up.
 
+    Args:
+        serves: whether the command, with these options of its own, serves any streams of its peers'.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        return _with_options(command, serves)
+
+    return decorate
+
+
+def _with_options(command: Callable[..., int], serves: Callable[[Mapping[str, Any]], object]) -> Callable[..., int]:
     @functools.wraps(command)
     def with_common(
         *,
@@ -153,7 +166,7 @@ def endpoint_options(command: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         set_up_logging(log_format, verbose)
         if max_streams is None:
-            max_streams = _DEFAULT.initial_streams if own.get("allow_from", True) else _UNSERVED
+            max_streams = _DEFAULT.initial_streams if serves(own) else _UNSERVED
         limits = _limits(max_streams, receive_pool, resume_grace=resume_grace, replay_buffer=replay_buffer)
         return command(Common(TLSFiles(ca, cert, key), limits, grace, priorities), **own)
 

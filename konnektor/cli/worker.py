@@ -58,7 +58,7 @@ def _route(text: str) -> str:
     help="Name to demand of the control plane's certificate, if not the host. Example: --server-name cp",
 )
 @click.option("--once", is_flag=True, help="Connect once and never again; fail with status 5. Example: --once")
-@endpoint_options
+@endpoint_options()
 def worker(
     common: Common,
     connect: tuple[str, ...],

@@ -293,3 +293,15 @@ class Process:
             self._process.kill()
         self._process.stdout.close()
         self._process.wait()
+
+
+async def round_trip(stream, payload, digests):
+    """Sends ``payload`` to an echo and takes it back; both go into ``digests``, (sent, received)."""
+    sent, received = digests
+    await stream.send(payload)
+    sent.update(payload)
+    count = 0
+    while count < len(payload):
+        data = await stream.receive()
+        received.update(data)
+        count += len(data)

@@ -22,7 +22,7 @@ from konnektor.driver import Alarm, Driver
 from konnektor.handshake import AlertingSSLObject
 from konnektor.mux import Mux
 from konnektor.worker import Backoff
-from tests.endpoints.parts import PATIENCE, target, tunnel, until
+from tests.endpoints.parts import PATIENCE, round_trip, target, tunnel, until
 
 pytestmark = pytest.mark.replaces_methods
 
@@ -177,18 +177,6 @@ def nth(monkeypatch):
     return nth
 
 
-async def round_trip(stream, digests):
-    """Some bytes there and back."""
-    sent, received = digests
-    await stream.send(ROUND)
-    sent.update(ROUND)
-    count = 0
-    while count < len(ROUND):
-        data = await stream.receive()
-        received.update(data)
-        count += len(data)
-
-
 async def open_streams(t, port, stack):
     """Opened by both ends in turn, with what goes and comes."""
     ends = t.session, t.worker_session
@@ -226,9 +214,9 @@ async def going_on(certs, nth, operation, end, which, *, anew):
                 if anew:
                     t.worker_session._driver.abort()
                 while not nth.fired:
-                    await asyncio.gather(*(round_trip(*stream) for stream in streams))
+                    await asyncio.gather(*(round_trip(stream, ROUND, digests) for stream, digests in streams))
                     await asyncio.sleep(PAUSE if operation in TIMED else 0)
-                await asyncio.gather(*(round_trip(*stream) for stream in streams))
+                await asyncio.gather(*(round_trip(stream, ROUND, digests) for stream, digests in streams))
                 await until(lambda: not any(session.suspended for session in ends))
             for session in ends:
                 session._mux.assert_invariants()
@@ -322,7 +310,9 @@ async def test_a_defect_of_our_own_ends_the_session_cleanly(certs, nth, monkeypa
                 streams = await open_streams(t, echo.port, stack)
                 nth.arm(operation, end, n)
                 while not nth.fired:
-                    await asyncio.gather(*(round_trip(*stream) for stream in streams), return_exceptions=True)
+                    await asyncio.gather(
+                        *(round_trip(stream, ROUND, digests) for stream, digests in streams), return_exceptions=True
+                    )
                     await asyncio.sleep(PAUSE if operation in TIMED else 0)
                 await until(lambda ends=ends: all(session.closed for session in ends))
                 for stream, _ in streams:

@@ -4,26 +4,15 @@ import asyncio
 import hashlib
 import random
 from contextlib import AsyncExitStack
+from itertools import repeat
 
 import pytest
 
 from konnektor.worker import Backoff
-from tests.endpoints.parts import PATIENCE, proxied, target, until
+from tests.endpoints.parts import PATIENCE, proxied, round_trip, target, until
 
 STREAMS = 8
 ROUND = random.Random(1).randbytes(400)
-
-
-async def round_trip(stream, digests):
-    """A few bytes there and back."""
-    sent, received = digests
-    await stream.send(ROUND)
-    sent.update(ROUND)
-    count = 0
-    while count < len(ROUND):
-        data = await stream.receive()
-        received.update(data)
-        count += len(data)
 
 
 async def run(certs, monkeypatch, cut, span, step):
@@ -41,7 +30,7 @@ async def run(certs, monkeypatch, cut, span, step):
                 before = t.proxy.stats().faults.get("cut_after", 0)
                 cut(t, n)
                 while True:
-                    await asyncio.gather(*map(round_trip, streams, digests))
+                    await asyncio.gather(*map(round_trip, streams, repeat(ROUND), digests))
                     if t.proxy.stats().faults.get("cut_after", 0) > before:
                         break
                     # PINGs and ACKs, too, are bytes.

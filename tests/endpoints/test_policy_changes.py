@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import socket
 
 import anyio
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import konnektor as kk
 import konnektor.control_plane
 import konnektor.targets
+from konnektor.targets import _peer_address
 from konnektor.testing import FaultProxy
 from tests.endpoints.parts import Goodbye, proxied, target, tunnel, until
 from tests.endpoints.test_resume import echoes, going_on, suspended
@@ -111,18 +113,19 @@ async def test_the_rules_change_while_a_target_is_dialed(certs, monkeypatch):
         assert not t.worker._targets._open
 
 
-async def test_a_target_that_is_gone_is_no_reason_to_stumble(certs):
-    """Its socket has no peer any more, and is still there: what it said last waits for a slow reader."""
+async def test_what_was_dialed_is_judged_though_nobody_knows_its_address(certs, monkeypatch):
+    """It was reset before it could be asked: no rule can be shown to allow it."""
+    monkeypatch.setattr("konnektor.targets._peer_address", lambda _sock: None)
     async with target() as echo, tunnel(certs) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port)
         await echoes(stream)
-        (sock,) = t.worker._targets._open
-        t.worker._targets._open[sock.dup()] = t.worker._targets._open[sock]
-        (duplicate,) = t.worker._targets._open.keys() - {sock}
-        duplicate.close()
-        t.worker.set_allow([])
-        await ended(stream)
-        del t.worker._targets._open[duplicate]
+        t.worker.set_allow(t.worker.allow.rules)
+        assert "no longer allowed" in await ended(stream)
+
+
+def test_a_socket_without_a_peer_has_no_address():
+    with socket.socket() as sock:
+        assert _peer_address(sock) is None
 
 
 # What a control plane grants
