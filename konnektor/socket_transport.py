@@ -15,7 +15,7 @@ import socket
 import struct
 import termios
 import threading
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 __all__ = ["SocketTransport"]
 
@@ -24,6 +24,24 @@ READ_SIZE: Final = 256 * 1024
 
 ASK_AFTER: Final = 0.25
 """Seconds after which a socket that was read is asked whether it has been reset since."""
+
+
+class _Protocol(Protocol):
+    """What a transport calls; of the methods for data only those of its kind are there."""
+
+    def get_buffer(self, sizehint: int) -> memoryview: ...
+
+    def buffer_updated(self, nbytes: int) -> None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def eof_received(self) -> bool | None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
 
 
 class SocketTransport:
@@ -78,7 +96,7 @@ class SocketTransport:
         try:
             if self._buffered:
                 data = b""
-                count = sock.recv_into(cast(asyncio.BufferedProtocol, protocol).get_buffer(-1))
+                count = sock.recv_into(protocol.get_buffer(-1))
             else:
                 data = sock.recv(READ_SIZE)
                 count = len(data)
@@ -90,17 +108,21 @@ class SocketTransport:
         if not count:
             self._reading = False
             self._unwatch()
-            if not cast(asyncio.Protocol, protocol).eof_received():
+            if not protocol.eof_received():
                 self.close()
             return
+        self._suspect()
+        if data:
+            protocol.data_received(data)
+        else:
+            protocol.buffer_updated(count)
+
+    def _suspect(self) -> None:
+        """It was read, and may have been reset since."""
         resets = self._resets
         if not resets.suspects:
             resets.ask_soon()
         resets.suspects.add(self)
-        if data:
-            cast(asyncio.Protocol, protocol).data_received(data)
-        else:
-            cast(asyncio.BufferedProtocol, protocol).buffer_updated(count)
 
     def ask(self) -> None:
         """Looks whether the socket has been reset."""
@@ -147,7 +169,7 @@ class SocketTransport:
         if count < len(data):
             self._buffer = bytearray(memoryview(data)[count:])
             self._loop.add_writer(self._sock.fileno(), self._writable)
-            cast(asyncio.Protocol, self._protocol).pause_writing()
+            self._protocol.pause_writing()
 
     def _writable(self) -> None:
         buffer = self._buffer
@@ -169,7 +191,7 @@ class SocketTransport:
             return
         if self._eof:
             self._shut_down()
-        cast(asyncio.Protocol, self._protocol).resume_writing()
+        self._protocol.resume_writing()
 
     def can_write_eof(self) -> bool:
         return True
@@ -227,7 +249,7 @@ class SocketTransport:
 
     def _finish(self, error: Exception | None) -> None:
         try:
-            cast(asyncio.Protocol, self._protocol).connection_lost(error)
+            self._protocol.connection_lost(error)
         finally:
             self._resets.suspects.discard(self)
             self._sock.close()
@@ -243,10 +265,10 @@ class SocketTransport:
         return default
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        return self._protocol
+        return cast(asyncio.BaseProtocol, self._protocol)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._protocol = protocol
+        self._protocol = cast(_Protocol, protocol)
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
 
 
