@@ -153,13 +153,13 @@ class ReceiveWindow:
 
     def consume(self, count: int) -> bool:
         """Counts bytes the application took. True if a grant is due: a quarter of the window, or STEP."""
-        pool = self._pool
-        over = self.granted - self.consumed - pool.base
+        granted, size = self.granted, self.size
+        over = granted - self.consumed - self._pool.base
         if over > 0:
-            pool.extra -= min(count, over)
+            self._pool.extra -= over if over < count else count
         self.consumed += count
-        size = self.size
-        return self.consumed + size - self.granted >= min(size >> 2, STEP)
+        due = self.consumed + size - granted
+        return due >= STEP or due >= size >> 2
 
     def grant(self, now: float, rtt: float) -> int | None:
         """The new offset for a CREDIT frame, taken from the pool now; None if there is nothing to add.
@@ -230,7 +230,7 @@ class SendWindow:
     def sendable(self, pending: int) -> int:
         """Bytes of ``pending`` that may go now: 0 rather than crumbs."""
         room = self.limit - self.sent
-        return 0 if room < CRUMB and room < pending else min(room, pending)
+        return pending if room >= pending else room if room >= CRUMB else 0
 
     def raise_limit(self, limit: int) -> bool:
         """Takes in a CREDIT; a lower one is ignored (they cross). True if it raised the limit.

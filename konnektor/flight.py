@@ -29,7 +29,10 @@ import math
 from collections import deque
 from typing import Final
 
-__all__ = ["Flight"]
+__all__ = ["FRAME_FLOOR", "Flight"]
+
+FRAME_FLOOR: Final = 4096
+"""Bytes of DATA that may always go in one frame."""
 
 SLACK_TIGHT: Final = 0.000_25
 SLACK_LOOSE: Final = 0.002
@@ -63,6 +66,7 @@ class Flight:
         acked: of these, acknowledged.
         delivered: their bytes.
         in_flight: bytes (headers included) of those between, and of datagrams.
+        sequenced: of these, the bytes of sequenced frames.
         rate: bytes per second the path was seen to take, 0 before the first sample.
         rtt: smoothed round trip in seconds, 0 before the first sample.
         rtt_min: smallest recent round trip in seconds that was no queue of ours, 0 before the first sample.
@@ -92,6 +96,7 @@ class Flight:
         "rtt",
         "rtt_min",
         "sent",
+        "sequenced",
         "unreported",
     )
 
@@ -118,6 +123,7 @@ class Flight:
         self.sent = 0
         self.acked = 0
         self.in_flight = 0
+        self.sequenced = 0
         self.rate = 0.0
         self.rtt = 0.0
         self.rtt_min = 0.0
@@ -126,6 +132,7 @@ class Flight:
         """One sequenced frame of ``size`` bytes went out."""
         self.sent += 1
         self.in_flight += size
+        self.sequenced += size
         self._sizes.append(size)
 
     def on_datagram(self, size: int) -> None:
@@ -134,14 +141,9 @@ class Flight:
         self.unreported += size
 
     @property
-    def sequenced(self) -> int:
-        """Of the bytes in flight, those of sequenced frames."""
-        return self.in_flight - self.unreported - self._reporting
-
-    @property
     def footprint(self) -> int:
         """Bytes of memory that unacknowledged frames take, about: tiny ones cost more than they weigh."""
-        return self.in_flight - self.unreported - self._reporting + BATCH_COST * len(self._batches)
+        return self.sequenced + BATCH_COST * len(self._batches)
 
     @property
     def report_wanted(self) -> bool:
@@ -230,6 +232,7 @@ class Flight:
             freed += sizes.popleft()
         self.acked = seq
         self.in_flight -= freed
+        self.sequenced -= freed
         self.delivered += freed
         batches = self._batches
         last = None
@@ -262,17 +265,18 @@ class Flight:
     def cap(self, now: float) -> int:
         """How many bytes may be in flight at ``now``."""
         if now - self._interactive_at < INTERACTIVE_FOR:
-            return max(self._floor, int(GAIN_TIGHT * self.rate * (self.rtt_min + SLACK_TIGHT)))
-        return max(self._floor, int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE)))
+            cap = int(GAIN_TIGHT * self.rate * (self.rtt_min + SLACK_TIGHT))
+        else:
+            cap = int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE))
+        return cap if cap > self._floor else self._floor
 
     def frame_limit(self) -> int:
-        """Largest DATA payload worth sending: about 8 ms of the rate, at least 4 KiB."""
-        rate = self.rate
-        return max(4096, int(rate * 0.008)) if rate else 65_535
+        """Largest DATA payload worth sending: about 8 ms of the rate, at least ``FRAME_FLOOR``."""
+        return max(FRAME_FLOOR, int(self.rate * 0.008)) if self.rate else 65_535
 
     def assert_invariants(self) -> None:
         """For tests."""
         assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) == self.sequenced
+        assert sum(self._sizes) == self.sequenced == self.in_flight - self.unreported - self._reporting
         assert self.rate == max(self._rates)
         assert self.rtt_min == min(self._paths, default=0.0)

@@ -50,7 +50,7 @@ from konnektor.limits import MAX_DEADLINE
 from konnektor.mux_stream import MuxStream
 from konnektor.replay import Ticket
 from konnektor.settings import Settings
-from konnektor.states import Event, Receiving, Sending
+from konnektor.states import RECEIVING, Event, Receiving, Sending
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -129,7 +129,7 @@ class Inbound:
     def _data(self, stream: MuxStream, flags: int, payload: memoryview, length: int) -> None:
         window = stream.receive_window
         state = stream.receiving
-        if state is Receiving.OPEN:
+        if state is RECEIVING:
             window.receive(length)
             if flags == 2:
                 # Before the sink: what it consumes may be due a grant, which should know.

@@ -54,7 +54,7 @@ from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
-from konnektor.states import Receiving, Sending
+from konnektor.states import FINISHING, RECEIVING, SENDING, Receiving, Sending
 
 __all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
@@ -109,6 +109,7 @@ class Mux:
         streams: those that are on the wire, by id.
         pool, flight, datagrams: the receive budget, the estimates of the path, and what is lossy; for statistics.
         bytes_received, bytes_sent: on this connection, headers included.
+        awake: ``data_to_send`` has more to give.
         resumption: how the session outlives its connection.
         pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
     """
@@ -159,7 +160,7 @@ class Mux:
         self.hello_received = False
         self._goaway_received = False
         self._close_frame: bytes | None = None
-        self._awake = True
+        self.awake = True
         self._rendering = False
         self._armed = math.inf
 
@@ -169,11 +170,6 @@ class Mux:
         self.arm(self.liveness.due)
 
     # What the driver asks
-
-    @property
-    def awake(self) -> bool:
-        """Whether ``data_to_send`` has more to give."""
-        return self._awake
 
     @property
     def established(self) -> bool:
@@ -337,7 +333,7 @@ class Mux:
         if self.leaving.begun:
             self._drain_on(now)
         parts: list[Buffer] = []
-        self._awake = False
+        self.awake = False
         replay = self.resumption.replay
         flight = self.flight
         sequenced = flight.sequenced
@@ -346,12 +342,12 @@ class Mux:
             self._rendering = True
             try:
                 if self.outbound.render(parts, max_bytes, now):
-                    self._awake = True
+                    self.awake = True
             finally:
                 self._rendering = False
         if self.error is not None:
             # A sink may have ended the session just now: of what was rendered nothing matters any more.
-            self._awake = False
+            self.awake = False
             parts.clear()
             if self._close_frame is not None:
                 # Perhaps the first frame, too: whoever is refused gets a CLOSE in place of HELLO.
@@ -366,7 +362,8 @@ class Mux:
             replay.keep(kept, new)
             if self.pool.lent or flight.footprint > self.limits.replay_buffer:
                 self.resumption.book()
-        self.bytes_sent += sum(map(len, chunks))
+        for chunk in chunks:
+            self.bytes_sent += len(chunk)
         return chunks
 
     def handle_timeout(self, now: float) -> None:
@@ -458,7 +455,7 @@ class Mux:
             if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
-        if self.scheduler or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
+        if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
         if self.leaving.begun:
@@ -472,7 +469,7 @@ class Mux:
         """
         rtt = self.liveness.pong(opaque, now)
         self.flight.on_rtt(rtt, self.bytes_received)
-        if self.liveness.ping_due or self.scheduler or self.flight.report_wanted:
+        if self.liveness.ping_due or self.scheduler.active or self.flight.report_wanted:
             self.wake()
         self.handler.pong_received(opaque, rtt)
 
@@ -528,7 +525,7 @@ class Mux:
         for stream in self._owing:
             self.watch(stream, now + RESET_OWED)
         self._owing.clear()
-        self._awake = False
+        self.awake = False
         self.wake()
         self.arm(self.liveness.due)
 
@@ -585,7 +582,7 @@ class Mux:
             except Exception as raised:  # noqa: BLE001
                 # A sink's defect must not keep the end from the other sinks, nor from the driver.
                 defect = defect or raised
-        self._awake = False
+        self.awake = False
         if close is not None:
             self._close_frame = close.encode()
             self.wake()
@@ -597,31 +594,28 @@ class Mux:
 
     def activate(self, stream: MuxStream) -> None:
         """The stream may have become able to send."""
-        if not stream.place and self.schedule(stream) and not self._awake:
-            self.wake()
+        if not stream.place and self.has_to_send(stream):
+            self.scheduler.add(stream)
+            if not self.awake:
+                self.wake()
 
-    def schedule(self, stream: MuxStream) -> bool:
-        """Queues the stream for sending if it has what to send and may."""
+    def schedule(self, stream: MuxStream) -> None:
+        """As ``activate``, while frames are rendered."""
         if self.has_to_send(stream):
             self.scheduler.add(stream)
-            return True
-        return False
 
     def has_to_send(self, stream: MuxStream) -> bool:
         """Whether the stream has data, datagrams or its FIN to send, and may."""
         sending = stream.sending
-        if stream.accept_tlvs is not None or (sending is not Sending.OPEN and sending is not Sending.FINISHING):
+        if stream.accept_tlvs is not None or (sending is not SENDING and sending is not FINISHING):
             return False
         if stream.datagrams and self.may_send_datagrams(stream):
             return True
         pending = stream.queued
         window = stream.send_window
         if pending:
-            if not window.sendable(pending) and window.blocked_at == window.limit:
-                return False
-        elif sending is Sending.OPEN:
-            return False
-        return True
+            return window.sendable(pending) > 0 or window.blocked_at != window.limit
+        return sending is FINISHING
 
     def may_send_datagrams(self, stream: MuxStream) -> bool:
         """Whether the peer would take a datagram: not before it has accepted the stream."""
@@ -643,7 +637,7 @@ class Mux:
 
     def consumed(self, stream: MuxStream, count: int) -> None:
         """See ``MuxStream.consumed``."""
-        if stream.receive_window.consume(count) and stream.receiving is Receiving.OPEN:
+        if stream.receive_window.consume(count) and stream.receiving is RECEIVING:
             stream.credit_due = True
             self.want_control(stream)
         elif stream.forgotten:
@@ -699,8 +693,8 @@ class Mux:
 
     def wake(self) -> None:
         """There is something to send."""
-        if not self._awake and (self.error is None or self._close_frame is not None):
-            self._awake = True
+        if not self.awake and (self.error is None or self._close_frame is not None):
+            self.awake = True
             if not self._rendering:
                 self.handler.output_pending()
 

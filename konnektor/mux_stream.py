@@ -18,7 +18,7 @@ from konnektor.errors import (
     StreamStateError,
 )
 from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, Buffer, OpenTLV
-from konnektor.states import RECEIVE, SEND, Event, Receiving, Sending
+from konnektor.states import RECEIVE, SEND, SENDING, Event, Receiving, Sending
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -230,7 +230,7 @@ class MuxStream:
             StreamClosedError: the sending half has ended or is ending.
             LocalProtocolError: the peer's OPEN was not accepted yet.
         """
-        if self.sending is not Sending.OPEN:
+        if self.sending is not SENDING:
             self._check_sendable()
         if not data:
             return
@@ -317,7 +317,9 @@ class MuxStream:
     def consumed(self, count: int) -> None:
         """The application took ``count`` bytes: their credit goes back to the peer."""
         window = self.receive_window
-        count = min(count, window.received - window.consumed)
+        unread = window.received - window.consumed
+        if count > unread:
+            count = unread
         if count:
             self._mux.consumed(self, count)
 

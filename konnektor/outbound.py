@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from konnektor.abuse import OWN_HINTS, Allowance
 from konnektor.datagrams import DatagramQueue
+from konnektor.flight import FRAME_FLOOR
 from konnektor.frames import (
     HEADER_SIZE,
     VERSION,
@@ -30,7 +31,7 @@ from konnektor.frames import (
 )
 from konnektor.mux_stream import MuxStream
 from konnektor.scheduler import FRESH
-from konnektor.states import Event, Receiving, Sending
+from konnektor.states import FINISHING, SENDING, Event, Receiving, Sending
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -159,12 +160,17 @@ class Outbound:
         while opens and size < budget and mux.admission.may_open and mux.pool.reserve():
             size += self._open(opens.popitem(last=False)[0], parts, now)
         more = size >= budget
-        pause = self._measure(parts, sequenced_from, now) if mux.scheduler or flight.sent != sent_before else False
-        if size < max_bytes and mux.scheduler:
+        scheduler = mux.scheduler
+        pause = (
+            mux.liveness.measure_due(now)
+            and (scheduler.active > 0 or flight.sent != sent_before)
+            and self._measure(parts, sequenced_from, now)
+        )
+        if size < max_bytes and scheduler.active:
             size = self._data(parts, size, max_bytes, now, fresh_only=pause)
             more = more or size >= max_bytes
         if flight.sent != sent_before:
-            flight.on_batch(now, limited=not mux.scheduler)
+            flight.on_batch(now, limited=not scheduler.active)
             mux.liveness.sent(now)
         return more
 
@@ -196,14 +202,11 @@ class Outbound:
             self._wait(when)
 
     def _measure(self, parts: list[Buffer], place: int, now: float) -> bool:
-        """Puts a PING at ``place`` if the round trip should be measured again; True if bulk must pause for it.
+        """Puts a PING at ``place``, to measure the round trip again; True if bulk must pause for it instead.
 
         Due while sequenced frames flow, also where they are nothing but CREDIT: windows are fitted by it.
         """
-        mux = self._mux
-        if not mux.liveness.measure_due(now):
-            return False
-        if mux.flight.pause_wanted(now):
+        if self._mux.flight.pause_wanted(now):
             # A PING behind a queue of our own measures the queue: let it drain first.
             return True
         parts.insert(place, self._ping(now))
@@ -313,12 +316,11 @@ class Outbound:
         mux = self._mux
         scheduler, flight = mux.scheduler, mux.flight
         cap = flight.cap(now)
-        frame_limit = min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
-        fresh_limit = min(frame_limit, FRESH_PAYLOAD)
+        frame_limit = 0
         interactive = False
         if cap > mux.limits.replay_buffer and mux.resumption.replay is not None:
             cap = min(cap, mux.resumption.room)
-        while size < max_bytes:
+        while size < max_bytes and scheduler.active:
             over = flight.in_flight - cap
             stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None
             if stream is None:
@@ -327,7 +329,7 @@ class Outbound:
             if stream.place == FRESH and scheduler.contended:
                 interactive = True
             sending = stream.sending
-            if sending is not Sending.OPEN and sending is not Sending.FINISHING:
+            if sending is not SENDING and sending is not FINISHING:
                 scheduler.finish(stream, 0, now)
                 continue
             if stream.datagrams is not None:
@@ -340,11 +342,16 @@ class Outbound:
                     continue
             window = stream.send_window
             pending = stream.queued
-            count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit)
+            count = window.sendable(pending)
+            if count > FRAME_FLOOR:
+                frame_limit = frame_limit or min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
+                limit = frame_limit if over < 0 else min(frame_limit, FRESH_PAYLOAD)
+                if count > limit:
+                    count = limit
             left = pending - count
             flags = 0
             if not left:
-                flags = 1 if sending is Sending.FINISHING else 0
+                flags = 1 if sending is FINISHING else 0
             elif count == 0 or window.limit - window.sent - count < min(left, 1024):
                 flags = 2
                 window.blocked_at = window.limit

@@ -56,20 +56,19 @@ class Flow(Protocol):
 
 
 class Scheduler:
-    """The active streams of a session, in the order they are served. Constant time per call."""
+    """The active streams of a session, in the order they are served. Constant time per call.
 
-    __slots__ = ("_fresh", "_run", "_waiting")
+    Attributes:
+        active: how many there are.
+    """
+
+    __slots__ = ("_fresh", "_run", "_waiting", "active")
 
     def __init__(self) -> None:
         self._fresh: deque[Flow] = deque()
         self._waiting: deque[Flow] = deque()
         self._run = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._fresh or self._waiting)
-
-    def __len__(self) -> int:
-        return len(self._fresh) + len(self._waiting)
+        self.active = 0
 
     @property
     def contended(self) -> bool:
@@ -80,6 +79,7 @@ class Scheduler:
         """The flow has something to send; nothing happens if that was known."""
         if flow.place != IDLE:
             return
+        self.active += 1
         flow.deficit = SHARES[flow.priority] * flow.weight * QUANTUM
         if flow.spent < BUCKET:
             flow.place = FRESH
@@ -122,10 +122,11 @@ class Scheduler:
         else:
             self._waiting.popleft()
         flow.place = IDLE
+        self.active -= 1
 
     def _spend(self, flow: Flow, size: int, now: float) -> None:
         self._run = self._run + size if flow.place == FRESH else 0
         flow.deficit -= size
         spent = flow.spent - (now - flow.spent_at) * REFILL
-        flow.spent = max(0.0, spent) + size
+        flow.spent = spent + size if spent > 0 else float(size)
         flow.spent_at = now

@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-__all__ = ["RECEIVE", "SEND", "Event", "Receiving", "Sending"]
+__all__ = ["FINISHING", "RECEIVE", "RECEIVING", "SEND", "SENDING", "Event", "Receiving", "Sending"]
 
 
 class Receiving(IntEnum):
@@ -48,6 +48,12 @@ class Sending(IntEnum):
     """REFUSE goes out next."""
     ENDED = 6
     """FIN, RESET or REFUSE is on the wire."""
+
+
+# For what runs with every frame: an attribute of an enumeration takes longer to look up than such a test may take.
+RECEIVING: Final = Receiving.OPEN
+SENDING: Final = Sending.OPEN
+FINISHING: Final = Sending.FINISHING
 
 
 class Event(IntEnum):

@@ -434,7 +434,7 @@ class Pair:
                 stream.release()
             side.check()
             assert not side.mux.streams and not side.mux.opens and not side.mux.control and not side.mux.owed
-            assert not side.mux.scheduler
+            assert not side.mux.scheduler.active
             assert side.mux.pool.extra == 0
             assert side.mux.pool.slots == side.limits.initial_streams
             assert side.mux.admission.retired == side.mux.admission.taken

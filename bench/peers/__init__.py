@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.peers.asyncssh import AsyncSSH
+from bench.peers.bare import Bare
 from bench.peers.chisel import Chisel
 from bench.peers.direct import Direct
 from bench.peers.frp import Frp
@@ -19,7 +20,7 @@ __all__ = ["PEERS", "Konnektor", "Peer"]
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
-        Konnektor, OpenSSH, OpenSSHReverse, Yamux, Smux, Konnectivity, Chisel, Frp, AsyncSSH, HAProxy, Direct
+        Konnektor, OpenSSH, OpenSSHReverse, Yamux, Smux, Konnectivity, Chisel, Frp, AsyncSSH, HAProxy, Bare, Direct
     )
 }  # fmt: skip
 """By name, konnektor first: it is always measured."""

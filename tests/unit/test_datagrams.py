@@ -372,7 +372,7 @@ def test_a_stream_whose_datagrams_were_displaced_sends_nothing():
     pair.pump()
     pair.sleep(5)
     assert [len(theirs.sink.datagrams) for _, theirs in streams] == [0] + [64] * 16
-    assert not pair.client.mux.scheduler
+    assert not pair.client.mux.scheduler.active
 
 
 def test_displaced_with_data_that_lacks_credit():
