@@ -111,18 +111,14 @@ class SocketTransport:
             if not protocol.eof_received():
                 self.close()
             return
-        self._suspect()
-        if data:
-            protocol.data_received(data)
-        else:
-            protocol.buffer_updated(count)
-
-    def _suspect(self) -> None:
-        """It was read, and may have been reset since."""
         resets = self._resets
         if not resets.suspects:
             resets.ask_soon()
         resets.suspects.add(self)
+        if data:
+            protocol.data_received(data)
+        else:
+            protocol.buffer_updated(count)
 
     def ask(self) -> None:
         """Looks whether the socket has been reset."""
