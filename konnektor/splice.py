@@ -43,7 +43,6 @@ class Splice:
         on_closed: called once, when both sides are done.
 
     Attributes:
-        local: the protocol for the socket's transport.
         on_connected: called when ``local`` gets its transport; it should ``attach`` a stream.
         transport: the socket's transport, None before and after.
     """
@@ -56,7 +55,6 @@ class Splice:
         "_lingering",
         "_paused",
         "_stream",
-        "local",
         "on_closed",
         "on_connected",
         "transport",
@@ -73,7 +71,11 @@ class Splice:
         self._broken = False
         self._done = False
         self._lingering = False
-        self.local = _Local(self)
+
+    @property
+    def local(self) -> asyncio.Protocol:
+        """The protocol for the socket's transport. Nothing but that keeps it: no cycle is left for the collector."""
+        return _Local(self)
 
     # The stream's side
 
@@ -138,7 +140,10 @@ class Splice:
             self.writable()
 
     def closed(self) -> None:
-        self._close()
+        if self._done:
+            self._stream = None
+        else:
+            self._close()
 
     # The socket's side
 
@@ -235,10 +240,15 @@ class Splice:
         if self._done:
             return
         self._done = True
-        if self._stream is not None:
-            self._stream.release()
+        stream = self._stream
+        if stream is not None:
+            stream.release()
+            if stream.forgotten:
+                # Else it still has to end, and tells. They would keep each other until the collector comes.
+                self._stream = None
         if self.on_closed is not None:
-            self.on_closed()
+            on_closed, self.on_closed = self.on_closed, None
+            on_closed()
 
 
 class _Local(asyncio.Protocol):
