@@ -54,7 +54,18 @@ from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
-from konnektor.states import Receiving, Sending
+from konnektor.states import (
+    RECEIVING_AWAITING,
+    RECEIVING_DISCARDING,
+    RECEIVING_ENDED,
+    RECEIVING_GIVEN_UP,
+    RECEIVING_OPEN,
+    SENDING_ENDED,
+    SENDING_FINISHING,
+    SENDING_OPEN,
+    SENDING_UNDECIDED,
+    SENDING_UNSENT,
+)
 
 __all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
@@ -259,7 +270,7 @@ class Mux:
             )
         if datagrams and self.hello_received and not self.datagrams.agreed:
             raise stream_error(Code.UNSUPPORTED, "this session has no datagrams")
-        stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
+        stream = MuxStream(self, sink, name, priority, params, RECEIVING_AWAITING, SENDING_UNSENT, now)
         if datagrams:
             stream.carry_datagrams()
         stream.weight = weight
@@ -400,18 +411,18 @@ class Mux:
             self.wake()
 
     def _deadline_passed(self, stream: MuxStream, now: float) -> None:
-        if stream.sending is Sending.UNSENT:
+        if stream.sending is SENDING_UNSENT:
             self._abandon(stream, stream_error(Code.LIMIT, "no stream was allowed within the deadline", refused=True))
-        elif stream.receiving is Receiving.AWAITING:
+        elif stream.receiving is RECEIVING_AWAITING:
             late = stream.deadline + 2 * self.flight.rtt
             if now < late:
                 # The accepter counts from receipt, and its answer travels.
                 self.watch(stream, late)
             else:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
-        elif stream.sending is Sending.UNDECIDED:
+        elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
-        elif stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+        elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
 
@@ -455,7 +466,7 @@ class Mux:
         owed = self.owed
         while owed and owed[0][0] <= seq:
             stream = owed.popleft()[1]
-            if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+            if stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
         if self.scheduler or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
@@ -503,23 +514,23 @@ class Mux:
                     leaving.linger(now)
                     self.arm(leaving.due)
                     for stream in list(self.streams.values()):
-                        code = Code.LIMIT if stream.sending is Sending.UNDECIDED else Code.CANCELLED
+                        code = Code.LIMIT if stream.sending is SENDING_UNDECIDED else Code.CANCELLED
                         stream.break_off(ShutdownError("the session was drained"), code)
                 case _:
                     self.close(leaving.code, leaving.reason)
 
     def _fail_opens(self, reason: str) -> None:
         for stream in list(self.opens):
-            if stream.sending is Sending.UNSENT:
+            if stream.sending is SENDING_UNSENT:
                 self._abandon(stream, stream_error(Code.LIMIT, reason, refused=True))
 
     def fail_pending(self) -> None:
         """The connection did not come back at once: what the peer has not accepted can be tried elsewhere."""
         for stream in list(self.opens):
-            if stream.sending is Sending.UNSENT:
+            if stream.sending is SENDING_UNSENT:
                 self._abandon(stream, unreachable())
         for stream in list(self.streams.values()):
-            if stream.receiving is Receiving.AWAITING:
+            if stream.receiving is RECEIVING_AWAITING:
                 # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
                 stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
@@ -540,7 +551,7 @@ class Mux:
         self.liveness.suspended()
         self.drop_datagrams()
         for stream in self.streams.values():
-            if stream.watch is not None and stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+            if stream.watch is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
                 # Nothing can come: the peer has its time when the connection is back.
                 self.unwatch(stream)
                 self._owing.append(stream)
@@ -610,7 +621,7 @@ class Mux:
     def has_to_send(self, stream: MuxStream) -> bool:
         """Whether the stream has data, datagrams or its FIN to send, and may."""
         sending = stream.sending
-        if stream.accept_tlvs is not None or (sending is not Sending.OPEN and sending is not Sending.FINISHING):
+        if stream.accept_tlvs is not None or (sending is not SENDING_OPEN and sending is not SENDING_FINISHING):
             return False
         if stream.datagrams and self.may_send_datagrams(stream):
             return True
@@ -619,13 +630,13 @@ class Mux:
         if pending:
             if not window.sendable(pending) and window.blocked_at == window.limit:
                 return False
-        elif sending is Sending.OPEN:
+        elif sending is SENDING_OPEN:
             return False
         return True
 
     def may_send_datagrams(self, stream: MuxStream) -> bool:
         """Whether the peer would take a datagram: not before it has accepted the stream."""
-        return self.datagrams.agreed and stream.receiving not in (Receiving.AWAITING, Receiving.GIVEN_UP)
+        return self.datagrams.agreed and stream.receiving not in (RECEIVING_AWAITING, RECEIVING_GIVEN_UP)
 
     def drop_datagrams(self) -> None:
         """The connection is gone: what waits to be sent is dropped, and nothing of them is in flight any more."""
@@ -643,7 +654,7 @@ class Mux:
 
     def consumed(self, stream: MuxStream, count: int) -> None:
         """See ``MuxStream.consumed``."""
-        if stream.receive_window.consume(count) and stream.receiving is Receiving.OPEN:
+        if stream.receive_window.consume(count) and stream.receiving is RECEIVING_OPEN:
             stream.credit_due = True
             self.want_control(stream)
         elif stream.forgotten:
@@ -663,7 +674,7 @@ class Mux:
 
     def settle(self, stream: MuxStream) -> None:
         """Forgets the stream if both halves have ended."""
-        if stream.receiving is Receiving.ENDED and stream.sending is Sending.ENDED and not stream.forgotten:
+        if stream.receiving is RECEIVING_ENDED and stream.sending is SENDING_ENDED and not stream.forgotten:
             stream.forgotten = True
             stream.room_wanted = False
             del self.streams[stream.id]

@@ -20,7 +20,11 @@ from typing import Final, cast
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
 from konnektor.socket_transport import SocketTransport
-from konnektor.states import Receiving, Sending
+from konnektor.states import (
+    RECEIVING_ENDED,
+    SENDING_OPEN,
+    SENDING_UNSENT,
+)
 from konnektor.stream import Inbox, Stream
 
 __all__ = ["Splice", "splice"]
@@ -119,7 +123,7 @@ class Splice:
             return
         stream = self._stream
         assert stream is not None
-        if stream.sending is Sending.OPEN and transport.can_write_eof():
+        if stream.sending is SENDING_OPEN and transport.can_write_eof():
             with contextlib.suppress(OSError):  # reset: reading tells
                 transport.write_eof()
         else:
@@ -157,7 +161,7 @@ class Splice:
     def local_data(self, data: bytes) -> None:
         """The socket delivered."""
         stream = self._stream
-        if stream is None or (stream.sending is not Sending.OPEN and stream.sending is not Sending.UNSENT):
+        if stream is None or (stream.sending is not SENDING_OPEN and stream.sending is not SENDING_UNSENT):
             return
         stream.write(data)
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
@@ -171,7 +175,7 @@ class Splice:
             return False
         stream.finish()
         # Where FIN has come already there is nothing more to take either: the transport closes after its buffer.
-        return stream.receiving is not Receiving.ENDED and transport.can_write_eof()
+        return stream.receiving is not RECEIVING_ENDED and transport.can_write_eof()
 
     def local_paused(self, paused: bool) -> None:
         """The socket's buffer is full, or has room again."""
@@ -184,8 +188,8 @@ class Splice:
         """The socket is gone."""
         self.transport = None
         stream = self._stream
-        if stream is not None:
-            if self._broken or (exc is not None and stream.sending in (Sending.OPEN, Sending.UNSENT)):
+        if stream is not None and not stream.forgotten:
+            if self._broken or (exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)):
                 stream.cancel(self._code)
             else:
                 # It came to its end, or was closed in both directions at once: what it delivered is whole.
