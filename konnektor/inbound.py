@@ -44,7 +44,7 @@ from konnektor.frames import (
     Stop,
     Streams,
     check_header,
-    decode,
+    read,
 )
 from konnektor.limits import MAX_DEADLINE
 from konnektor.mux_stream import MuxStream
@@ -106,7 +106,7 @@ class Inbound:
             kind, flags, length, stream_id = unpack(view, pos)
             body = pos + HEADER_SIZE
             stop = body + length
-            if kind == 0 and flags < 3 and 0 < length <= max_frame and stream_id in streams:
+            if kind == 0 and flags < 3 and length <= max_frame and (length or flags) and stream_id in streams:
                 # The short way, for what is nearly everything: sound DATA of a live stream.
                 if stop > end:
                     break
@@ -117,7 +117,7 @@ class Inbound:
                     self._check_first(kind)
                 if stop > end:
                     break
-                frame = decode(kind, flags, stream_id, view[body:stop], max_frame)
+                frame = read(kind, flags, stream_id, view[body:stop])
                 if frame is None:
                     self.abuse.hint(mux.admission.opens, now)
                 else:
@@ -183,11 +183,9 @@ class Inbound:
                 self._open(frame, now)
             case Accept():
                 self._accept(frame)
-            case Data(stream_id, payload, flags):
-                stream = self._stream_of(frame)
-                if stream is None:
-                    raise StreamStateError(f"DATA for stream {stream_id}, which is over")
-                self._data(stream, flags, memoryview(payload), len(payload))
+            case Data(stream_id):
+                _ = self._stream_of(frame)  # raises where there never was one
+                raise StreamStateError(f"DATA for stream {stream_id}, which is over")
             case Reset():
                 self._reset(frame)
             case Stop():
