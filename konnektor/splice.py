@@ -27,7 +27,7 @@ from konnektor.states import (
 )
 from konnektor.stream import Inbox, Stream
 
-__all__ = ["Splice", "splice"]
+__all__ = ["Splice", "join", "splice"]
 
 QUEUE_HIGH: Final = 4 * PAYLOAD
 """Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
@@ -303,19 +303,52 @@ async def splice(
         StreamClosedError: the stream was closed here.
         anyio.BusyResourceError: a task is receiving from the stream or sending to it.
     """
-    joint = Splice(code=code)
 
-    def join(transport: asyncio.Transport) -> None:
-        # In connection_made: before the socket's first byte.
+    def take() -> MuxStream:
         if not stream.decided:
             stream.accept_now()
-        mux_stream = stream.detach()
-        joint.on_closed = on_closed
-        joint.attach(mux_stream)
+        return stream.detach()
 
-    joint.on_connected = join
     try:
         sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    _join(take, sock, code, on_closed)
+
+
+def join(stream: MuxStream, sock: socket.socket, *, on_closed: Callable[[], object]) -> None:
+    """``splice`` for a peer's stream that has come no further than the multiplexer, which is accepted.
+
+    Args:
+        stream: its sink has received nothing, or is an Inbox.
+        sock: connected and non-blocking.
+        on_closed: called once, when both are closed.
+
+    Raises:
+        LocalProtocolError: the stream's answer is settled.
+    """
+
+    def take() -> MuxStream:
+        stream.accept()
+        return stream
+
+    _join(take, sock, Code.TARGET_RESET, on_closed)
+
+
+def _join(
+    take: Callable[[], MuxStream], sock: socket.socket, code: int, on_closed: Callable[[], object] | None
+) -> None:
+    joint = Splice(code=code)
+
+    def connected(transport: asyncio.Transport) -> None:
+        # In connection_made: before the socket's first byte.
+        stream = take()
+        joint.on_closed = on_closed
+        joint.attach(stream)
+
+    joint.on_connected = connected
+    try:
         SocketTransport(sock, joint.local)
     except BaseException:
         sock.close()
