@@ -144,11 +144,11 @@ class Inbound:
         window = stream.receive_window
         state = stream.receiving
         if state is RECEIVING_OPEN:
-            window.receive(length)
             if flags == 2:
                 # Before the sink: what it consumes may be due a grant, which should know.
                 window.blocked = True
             if length:
+                window.receive(length)
                 stream.sink.data_received(payload)
         elif state is RECEIVING_DISCARDING:
             window.receive(length)

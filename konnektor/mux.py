@@ -263,7 +263,7 @@ class Mux:
             raise unreachable()
         check_priority(priority, weight)
         params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
-        size = 2 + len(name) + sum(4 + len(value) for value in params.values())
+        size = 2 + len(name) + 4 * len(params) + sum(map(len, params.values()))
         if not is_type_name(name) or size > MAX_OPEN:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"
@@ -608,8 +608,10 @@ class Mux:
 
     def activate(self, stream: MuxStream) -> None:
         """The stream may have become able to send."""
-        if not stream.place and self.schedule(stream) and not self._awake:
-            self.wake()
+        if not stream.place and self.has_to_send(stream):
+            self.scheduler.add(stream)
+            if not self._awake:
+                self.wake()
 
     def schedule(self, stream: MuxStream) -> bool:
         """Queues the stream for sending if it has what to send and may."""

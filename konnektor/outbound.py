@@ -351,7 +351,7 @@ class Outbound:
                     continue
             window = stream.send_window
             pending = stream.queued
-            count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit)
+            count = min(window.sendable(pending), frame_limit if over < 0 else fresh_limit) if pending else 0
             left = pending - count
             flags = 0
             if not left:
