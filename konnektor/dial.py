@@ -33,15 +33,13 @@ from konnektor.errors import (
     UnreachableError,
 )
 
-__all__ = ["dial", "dial_udp", "reset_on_close", "set_options"]
+__all__ = ["Dialing", "begin_dial", "dial", "dial_udp", "reset_on_close", "set_options"]
 
 STAGGER: Final = 0.25
 """Seconds between attempts: the Connection Attempt Delay of RFC 8305 section 5."""
 
 MAX_ADDRESSES: Final = 16
 """Addresses of one name that are tried: a name with hundreds would hold a descriptor for each."""
-
-_KEEPALIVE: Final = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 _ERRNO: Final[dict[int | None, type[StreamError]]] = {
     errno.ECONNREFUSED: ConnectRefusedError,
@@ -65,6 +63,81 @@ class _Address(NamedTuple):
     ip: IPAddress
     family: socket.AddressFamily
     sockaddr: tuple[Any, ...]
+
+
+def begin_dial(address: IPAddress, port: int) -> tuple[socket.socket, bool]:
+    """``dial`` where there is nothing to resolve or to race, without a task.
+
+    Args:
+        address: checked by the caller.
+        port: the TCP port.
+
+    Returns:
+        A non-blocking socket, which the caller owns, and whether it is connected: else it is for ``Dialing``.
+
+    Raises:
+        StreamError: as ``dial``.
+    """
+    _, family, sockaddr = _literal(address, port)
+    try:
+        sock = _new_socket(family)
+    except OSError as error:
+        raise _translate(error, format_hostport(address, port)) from None
+    number = sock.connect_ex(sockaddr)
+    if number == errno.EINPROGRESS and not _is_connected(sock):
+        return sock, False
+    try:
+        _check_connected(sock, 0 if number == errno.EINPROGRESS else number, port)
+    except OSError as error:
+        sock.close()
+        raise _translate(error, format_hostport(address, port)) from None
+    return sock, True
+
+
+class Dialing:
+    """What becomes of a socket that ``begin_dial`` has left connecting, by callbacks alone.
+
+    Args:
+        sock: the socket.
+        address, port: where it goes.
+        done: called once, with the connected socket, which is the callee's from then on, or with the error.
+    """
+
+    __slots__ = ("_address", "_done", "_loop", "_port", "_sock")
+
+    def __init__(
+        self, sock: socket.socket, address: IPAddress, port: int, done: Callable[[socket.socket | StreamError], None]
+    ) -> None:
+        self._sock = sock
+        self._address = address
+        self._port = port
+        self._done = done
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._loop.add_writer(sock.fileno(), self._writable)
+        except BaseException:
+            sock.close()
+            raise
+
+    def cancel(self) -> None:
+        """Closes the socket, before ``done`` was called; it will not be."""
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+
+    def _writable(self) -> None:
+        sock = self._sock
+        fd = sock.fileno()
+        try:
+            _check_connected(sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), self._port)
+        except OSError as error:
+            self.cancel()
+            self._done(_translate(error, format_hostport(self._address, self._port)))
+            return
+        try:
+            self._done(sock)
+        finally:
+            # Not before: if somebody reads from it by now, the loop goes on with what it has set up for the descriptor.
+            self._loop.remove_writer(fd)
 
 
 async def dial(
@@ -142,13 +215,23 @@ async def dial_udp(
     raise _most_telling(errors, at)
 
 
+def _options() -> tuple[tuple[int, int, int], ...]:
+    keepalive = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    return (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        # not everywhere
+        *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in keepalive if hasattr(socket, name)),
+    )
+
+
+_OPTIONS: Final = _options()
+
+
 def set_options(sock: socket.socket) -> None:
     """What every TCP socket of an endpoint gets: no delay for small writes, and a dead peer noticed after a minute."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE:
-        if hasattr(socket, name):  # not everywhere
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    for level, option, value in _OPTIONS:
+        sock.setsockopt(level, option, value)
 
 
 def reset_on_close(sock: socket.socket) -> None:
@@ -240,20 +323,29 @@ async def _race(addresses: Sequence[_Address], errors: list[OSError]) -> socket.
 async def _attempt(address: _Address, errors: list[OSError]) -> socket.socket | None:
     """One connected socket, or None and its error in ``errors``."""
     try:
-        sock = socket.socket(address.family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock = _new_socket(address.family)
     except OSError as error:
         errors.append(error)
         return None
     try:
-        sock.setblocking(False)
-        set_options(sock)
         await _connect(sock, address.sockaddr)
-        if _is_self_connected(sock):
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
+        _check_connected(sock, 0, address.sockaddr[1])
     except OSError as error:
         sock.close()
         errors.append(error)
         return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _new_socket(family: socket.AddressFamily) -> socket.socket:
+    """A socket to connect with, non-blocking."""
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        sock.setblocking(False)
+        set_options(sock)
     except BaseException:
         sock.close()
         raise
@@ -280,8 +372,7 @@ async def _connect(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
         await writable
     finally:
         loop.remove_writer(fd)
-    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
+    if number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(number, os.strerror(number))
 
 
@@ -290,12 +381,29 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _is_self_connected(sock: socket.socket) -> bool:
-    """Dialing a local port that nobody listens on may get that very port as the source, and TCP then meets itself."""
+def _is_connected(sock: socket.socket) -> bool:
+    """Whether a connection in progress is there: on the loopback interface it is as soon as it was asked for."""
     try:
-        return bool(sock.getsockname() == sock.getpeername())
-    except OSError:  # reset already: whoever reads will be told
+        sock.getpeername()
+    except OSError:
         return False
+    return True
+
+
+def _check_connected(sock: socket.socket, number: int, port: int) -> None:
+    """Raises the OSError that connecting to a port has ended with, if ``number`` is one, or if the socket met itself.
+
+    Dialing a local port that nobody listens on may get that very port as the source, and TCP then meets itself.
+    """
+    if number:
+        raise OSError(number, os.strerror(number))
+    try:
+        own = sock.getsockname()
+        met_itself = own[1] == port and own == sock.getpeername()
+    except OSError:  # reset already: whoever reads will be told
+        return
+    if met_itself:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to itself")
 
 
 def _most_telling(errors: Sequence[OSError], at: str) -> StreamError:

@@ -76,7 +76,7 @@ class Endpoint(ABC):
         self._context = ReloadingContext(build_as_before, tls.cert, tls.key, tls.ca, owner=self.identity.name)
         self._targets = Targets(allowed)
         self.handlers = Handlers()
-        self.handlers.add(Tcp, self._targets.serve)
+        self.handlers.add(Tcp, self._targets.serve, self._targets.begin)
         self.handlers.add(Udp, self._targets.serve_udp)
         self._live: set[Session] = set()
         self._tasks: set[asyncio.Task[None]] = set()

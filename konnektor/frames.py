@@ -73,6 +73,7 @@ __all__ = [
     "encode_tlvs",
     "is_grease",
     "is_type_name",
+    "read",
     "scan",
 ]
 
@@ -579,6 +580,11 @@ def decode(kind: int, flags: int, stream: int, payload: memoryview, max_frame: i
         ProtocolError, FrameSizeError: as ``check_header``, or the payload is malformed.
     """
     check_header(kind, flags, len(payload), stream, max_frame)
+    return read(kind, flags, stream, payload)
+
+
+def read(kind: int, flags: int, stream: int, payload: memoryview) -> Frame | None:
+    """``decode`` for a header that ``check_header`` has passed."""
     rule = _RULES.get(kind)
     return None if rule is None else rule.read(flags, stream, payload)
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from konnektor.errors import LocalProtocolError
+from konnektor.mux import MuxStream
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType
 
-__all__ = ["Handlers", "StreamHandler"]
+if TYPE_CHECKING:
+    from konnektor.session import Session
+
+__all__ = ["Entry", "Handlers", "StreamHandler"]
 
 T = TypeVar("T", bound=StreamType)
 StreamHandler = Callable[[Stream, Any], Awaitable[None]]
+
+
+class Entry(NamedTuple):
+    """What serves a type."""
+
+    request: type[StreamType]
+    handler: StreamHandler
+    begin: Callable[[Session, MuxStream, Any], bool] | None = None
 
 
 class Handlers:
@@ -22,13 +34,24 @@ class Handlers:
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[str, tuple[type[StreamType], StreamHandler]] = {}
+        self._handlers: dict[str, Entry] = {}
 
-    def add(self, request: type[T], handler: Callable[[Stream, T], Awaitable[None]]) -> None:
+    def add(
+        self,
+        request: type[T],
+        handler: Callable[[Stream, T], Awaitable[None]],
+        begin: Callable[[Session, MuxStream, T], bool] | None = None,
+    ) -> None:
         """Serves streams of a type.
 
         The handler gets the stream and the request, and must ``accept`` or ``reject``. It runs in a task of
         the session's, cancelled when the opener gives up before an answer, or the session ends.
+
+        Args:
+            request: the type.
+            handler: what serves its streams.
+            begin: asked first, without a task. Where it returns True it has taken every duty over, the stream's sink
+                and its ``release`` included; else the handler serves the stream, of which nothing has been touched.
 
         Raises:
             ConfigurationError: the type's name is not one.
@@ -37,12 +60,12 @@ class Handlers:
         request.check()
         if request.name in self._handlers:
             raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
-        self._handlers[request.name] = (request, handler)
+        self._handlers[request.name] = Entry(request, handler, begin)
 
     def remove(self, request: type[StreamType]) -> None:
         """Serves the type no more."""
         self._handlers.pop(request.name, None)
 
-    def get(self, name: str) -> tuple[type[StreamType], StreamHandler] | None:
-        """The type and handler of that name."""
+    def get(self, name: str) -> Entry | None:
+        """What serves the type of that name."""
         return self._handlers.get(name)

@@ -44,13 +44,27 @@ from konnektor.frames import (
     Stop,
     Streams,
     check_header,
-    decode,
+    read,
 )
 from konnektor.limits import MAX_DEADLINE
 from konnektor.mux_stream import MuxStream
 from konnektor.replay import Ticket
 from konnektor.settings import Settings
-from konnektor.states import RECEIVING, Event, Receiving, Sending
+from konnektor.states import (
+    EVENT_ACCEPT,
+    EVENT_DATA,
+    EVENT_FIN,
+    EVENT_REFUSE,
+    EVENT_RESET,
+    EVENT_STOP,
+    RECEIVING_AWAITING,
+    RECEIVING_DISCARDING,
+    RECEIVING_GIVEN_UP,
+    RECEIVING_OPEN,
+    SENDING_FINISHING,
+    SENDING_OPEN,
+    SENDING_UNDECIDED,
+)
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -92,7 +106,7 @@ class Inbound:
             kind, flags, length, stream_id = unpack(view, pos)
             body = pos + HEADER_SIZE
             stop = body + length
-            if kind == 0 and flags < 3 and 0 < length <= max_frame and stream_id in streams:
+            if kind == 0 and flags < 3 and length <= max_frame and (length or flags) and stream_id in streams:
                 # The short way, for what is nearly everything: sound DATA of a live stream.
                 if stop > end:
                     break
@@ -103,7 +117,7 @@ class Inbound:
                     self._check_first(kind)
                 if stop > end:
                     break
-                frame = decode(kind, flags, stream_id, view[body:stop], max_frame)
+                frame = read(kind, flags, stream_id, view[body:stop])
                 if frame is None:
                     self.abuse.hint(mux.admission.opens, now)
                 else:
@@ -129,22 +143,22 @@ class Inbound:
     def _data(self, stream: MuxStream, flags: int, payload: memoryview, length: int) -> None:
         window = stream.receive_window
         state = stream.receiving
-        if state is RECEIVING:
-            window.receive(length)
+        if state is RECEIVING_OPEN:
             if flags == 2:
                 # Before the sink: what it consumes may be due a grant, which should know.
                 window.blocked = True
             if length:
+                window.receive(length)
                 stream.sink.data_received(payload)
-        elif state is Receiving.DISCARDING:
+        elif state is RECEIVING_DISCARDING:
             window.receive(length)
             window.consume(length)
         else:
-            stream.move_receiving(Event.DATA)
+            stream.move_receiving(EVENT_DATA)
         if flags == 1 and self._mux.error is None:
             # The sink may have stopped the stream meanwhile; then it wants to hear no more.
-            wanted = stream.receiving is Receiving.OPEN
-            stream.move_receiving(Event.FIN)
+            wanted = stream.receiving is RECEIVING_OPEN
+            stream.move_receiving(EVENT_FIN)
             window.end()
             if wanted:
                 stream.sink.eof_received()
@@ -169,11 +183,9 @@ class Inbound:
                 self._open(frame, now)
             case Accept():
                 self._accept(frame)
-            case Data(stream_id, payload, flags):
-                stream = self._stream_of(frame)
-                if stream is None:
-                    raise StreamStateError(f"DATA for stream {stream_id}, which is over")
-                self._data(stream, flags, memoryview(payload), len(payload))
+            case Data(stream_id):
+                _ = self._stream_of(frame)  # raises where there never was one
+                raise StreamStateError(f"DATA for stream {stream_id}, which is over")
             case Reset():
                 self._reset(frame)
             case Stop():
@@ -239,7 +251,7 @@ class Inbound:
         mux = self._mux
         mux.admission.take(frame.stream)
         mux.grant_opens()
-        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, Receiving.OPEN, Sending.UNDECIDED, now)
+        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, RECEIVING_OPEN, SENDING_UNDECIDED, now)
         stream.id = frame.stream
         stream.send_window.limit = mux.peer.initial_window
         mux.streams[frame.stream] = stream
@@ -265,7 +277,7 @@ class Inbound:
         datagrams.received += 1
         stream = self._mux.streams.get(frame.stream)
         take = None
-        if stream is not None and stream.receiving is Receiving.OPEN and stream.sending is not Sending.UNDECIDED:
+        if stream is not None and stream.receiving is RECEIVING_OPEN and stream.sending is not SENDING_UNDECIDED:
             if stream.datagrams is None:
                 raise StreamStateError(f"DATAGRAM on stream {frame.stream}, whose type has none")
             if frame.context == 0:
@@ -280,8 +292,8 @@ class Inbound:
         stream = self._stream_of(frame)
         if stream is None:
             raise StreamStateError(f"ACCEPT for stream {frame.stream}, which is over")
-        wanted = stream.receiving is Receiving.AWAITING
-        stream.move_receiving(Event.ACCEPT)
+        wanted = stream.receiving is RECEIVING_AWAITING
+        stream.move_receiving(EVENT_ACCEPT)
         if not wanted:
             return
         self._mux.unwatch(stream)
@@ -300,14 +312,14 @@ class Inbound:
         if stream is None:
             raise StreamStateError(f"REFUSE for stream {frame.stream}, which is over")
         wanted = stream.wanted
-        stream.move_receiving(Event.REFUSE)
+        stream.move_receiving(EVENT_REFUSE)
         self._mux.unwatch(stream)
         stream.receive_window.end()
-        if stream.sending in (Sending.OPEN, Sending.FINISHING):
+        if stream.sending in (SENDING_OPEN, SENDING_FINISHING):
             stream.reset_code, stream.reset_text = int(Code.CANCELLED), ""
             stream.drop_queue()
             self._mux.want_control(stream)
-        stream.move_sending(Event.REFUSE)
+        stream.move_sending(EVENT_REFUSE)
         stream.fail(stream_error(frame.code, frame.text, refused=True, retry_after=frame.retry_ms / 1000), wanted)
         self._mux.settle(stream)
 
@@ -317,7 +329,7 @@ class Inbound:
             self.abuse.late_end(self._mux.admission.opens)
             return
         receiving, sending = stream.wanted
-        stream.move_receiving(Event.RESET)
+        stream.move_receiving(EVENT_RESET)
         window = stream.receive_window
         if frame.final_offset > window.granted:
             raise FlowControlError(f"RESET at offset {frame.final_offset}, beyond the credit of {window.granted}")
@@ -325,7 +337,7 @@ class Inbound:
             raise ProtocolError(f"RESET at offset {frame.final_offset}; {window.received} bytes came")
         window.end()
         window.drop()
-        undecided = stream.sending is Sending.UNDECIDED
+        undecided = stream.sending is SENDING_UNDECIDED
         if undecided:
             stream.refuse(Code.CANCELLED)
         stream.fail(stream_error(frame.code, frame.text), (receiving, sending and undecided))
@@ -336,20 +348,20 @@ class Inbound:
         if stream is None:
             self.abuse.late_end(self._mux.admission.opens)
             return
-        if stream.stop_received or stream.receiving in (Receiving.AWAITING, Receiving.GIVEN_UP):
+        if stream.stop_received or stream.receiving in (RECEIVING_AWAITING, RECEIVING_GIVEN_UP):
             raise StreamStateError(f"a second STOP, or one before ACCEPT, for stream {frame.stream}")
         stream.stop_received = True
         receiving, sending = stream.wanted
         error = stream_error(frame.code)
-        if stream.sending is Sending.UNDECIDED:
+        if stream.sending is SENDING_UNDECIDED:
             stream.refuse(Code.CANCELLED)
             stream.fail(error, (receiving, True))
             return
-        if stream.sending in (Sending.OPEN, Sending.FINISHING):
+        if stream.sending in (SENDING_OPEN, SENDING_FINISHING):
             stream.reset_code, stream.reset_text = frame.code, ""
             stream.drop_queue()
             self._mux.want_control(stream)
-        stream.move_sending(Event.STOP)
+        stream.move_sending(EVENT_STOP)
         stream.fail(error, (False, sending))
 
 

@@ -11,7 +11,7 @@ import anyio
 import anyio.abc
 
 from konnektor.errors import Code, PeerError
-from konnektor.handlers import StreamHandler
+from konnektor.handlers import Entry
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType
 
@@ -33,7 +33,7 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
         self._session = session
         self._name = request.name
         self._put, self._get = anyio.create_memory_object_stream[tuple[Stream, anyio.Event]]()
-        self.entry: Final[tuple[type[StreamType], StreamHandler]] = (request, self._take)
+        self.entry: Final = Entry(request, self._take)
 
     async def _take(self, stream: Stream, _request: T) -> None:
         done = anyio.Event()

@@ -54,7 +54,18 @@ from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
-from konnektor.states import FINISHING, RECEIVING, SENDING, Receiving, Sending
+from konnektor.states import (
+    RECEIVING_AWAITING,
+    RECEIVING_DISCARDING,
+    RECEIVING_ENDED,
+    RECEIVING_GIVEN_UP,
+    RECEIVING_OPEN,
+    SENDING_ENDED,
+    SENDING_FINISHING,
+    SENDING_OPEN,
+    SENDING_UNDECIDED,
+    SENDING_UNSENT,
+)
 
 __all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
@@ -248,14 +259,14 @@ class Mux:
             raise unreachable()
         check_priority(priority, weight)
         params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
-        size = 2 + len(name) + sum(4 + len(value) for value in params.values())
+        size = 2 + len(name) + 4 * len(params) + sum(map(len, params.values()))
         if not is_type_name(name) or size > MAX_OPEN:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"
             )
         if datagrams and self.hello_received and not self.datagrams.agreed:
             raise stream_error(Code.UNSUPPORTED, "this session has no datagrams")
-        stream = MuxStream(self, sink, name, priority, params, Receiving.AWAITING, Sending.UNSENT, now)
+        stream = MuxStream(self, sink, name, priority, params, RECEIVING_AWAITING, SENDING_UNSENT, now)
         if datagrams:
             stream.carry_datagrams()
         stream.weight = weight
@@ -397,18 +408,18 @@ class Mux:
             self.wake()
 
     def _deadline_passed(self, stream: MuxStream, now: float) -> None:
-        if stream.sending is Sending.UNSENT:
+        if stream.sending is SENDING_UNSENT:
             self._abandon(stream, stream_error(Code.LIMIT, "no stream was allowed within the deadline", refused=True))
-        elif stream.receiving is Receiving.AWAITING:
+        elif stream.receiving is RECEIVING_AWAITING:
             late = stream.deadline + 2 * self.flight.rtt
             if now < late:
                 # The accepter counts from receipt, and its answer travels.
                 self.watch(stream, late)
             else:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
-        elif stream.sending is Sending.UNDECIDED:
+        elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
-        elif stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+        elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
 
@@ -452,7 +463,7 @@ class Mux:
         owed = self.owed
         while owed and owed[0][0] <= seq:
             stream = owed.popleft()[1]
-            if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+            if stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
         if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
@@ -500,23 +511,23 @@ class Mux:
                     leaving.linger(now)
                     self.arm(leaving.due)
                     for stream in list(self.streams.values()):
-                        code = Code.LIMIT if stream.sending is Sending.UNDECIDED else Code.CANCELLED
+                        code = Code.LIMIT if stream.sending is SENDING_UNDECIDED else Code.CANCELLED
                         stream.break_off(ShutdownError("the session was drained"), code)
                 case _:
                     self.close(leaving.code, leaving.reason)
 
     def _fail_opens(self, reason: str) -> None:
         for stream in list(self.opens):
-            if stream.sending is Sending.UNSENT:
+            if stream.sending is SENDING_UNSENT:
                 self._abandon(stream, stream_error(Code.LIMIT, reason, refused=True))
 
     def fail_pending(self) -> None:
         """The connection did not come back at once: what the peer has not accepted can be tried elsewhere."""
         for stream in list(self.opens):
-            if stream.sending is Sending.UNSENT:
+            if stream.sending is SENDING_UNSENT:
                 self._abandon(stream, unreachable())
         for stream in list(self.streams.values()):
-            if stream.receiving is Receiving.AWAITING:
+            if stream.receiving is RECEIVING_AWAITING:
                 # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
                 stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
 
@@ -537,7 +548,7 @@ class Mux:
         self.liveness.suspended()
         self.drop_datagrams()
         for stream in self.streams.values():
-            if stream.watch is not None and stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
+            if stream.watch is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
                 # Nothing can come: the peer has its time when the connection is back.
                 self.unwatch(stream)
                 self._owing.append(stream)
@@ -607,7 +618,7 @@ class Mux:
     def has_to_send(self, stream: MuxStream) -> bool:
         """Whether the stream has data, datagrams or its FIN to send, and may."""
         sending = stream.sending
-        if stream.accept_tlvs is not None or (sending is not SENDING and sending is not FINISHING):
+        if stream.accept_tlvs is not None or (sending is not SENDING_OPEN and sending is not SENDING_FINISHING):
             return False
         if stream.datagrams and self.may_send_datagrams(stream):
             return True
@@ -615,11 +626,11 @@ class Mux:
         window = stream.send_window
         if pending:
             return window.sendable(pending) > 0 or window.blocked_at != window.limit
-        return sending is FINISHING
+        return sending is SENDING_FINISHING
 
     def may_send_datagrams(self, stream: MuxStream) -> bool:
         """Whether the peer would take a datagram: not before it has accepted the stream."""
-        return self.datagrams.agreed and stream.receiving not in (Receiving.AWAITING, Receiving.GIVEN_UP)
+        return self.datagrams.agreed and stream.receiving not in (RECEIVING_AWAITING, RECEIVING_GIVEN_UP)
 
     def drop_datagrams(self) -> None:
         """The connection is gone: what waits to be sent is dropped, and nothing of them is in flight any more."""
@@ -637,7 +648,7 @@ class Mux:
 
     def consumed(self, stream: MuxStream, count: int) -> None:
         """See ``MuxStream.consumed``."""
-        if stream.receive_window.consume(count) and stream.receiving is RECEIVING:
+        if stream.receive_window.consume(count) and stream.receiving is RECEIVING_OPEN:
             stream.credit_due = True
             self.want_control(stream)
         elif stream.forgotten:
@@ -657,7 +668,7 @@ class Mux:
 
     def settle(self, stream: MuxStream) -> None:
         """Forgets the stream if both halves have ended."""
-        if stream.receiving is Receiving.ENDED and stream.sending is Sending.ENDED and not stream.forgotten:
+        if stream.receiving is RECEIVING_ENDED and stream.sending is SENDING_ENDED and not stream.forgotten:
             stream.forgotten = True
             stream.room_wanted = False
             del self.streams[stream.id]

@@ -18,7 +18,26 @@ from konnektor.errors import (
     StreamStateError,
 )
 from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, Buffer, OpenTLV
-from konnektor.states import RECEIVE, SEND, SENDING, Event, Receiving, Sending
+from konnektor.states import (
+    EVENT_DO_ACCEPT,
+    EVENT_DO_FINISH,
+    EVENT_DO_REFUSE,
+    EVENT_DO_RESET,
+    EVENT_DO_STOP,
+    RECEIVE,
+    RECEIVING_AWAITING,
+    RECEIVING_ENDED,
+    RECEIVING_OPEN,
+    SEND,
+    SENDING_ENDED,
+    SENDING_FINISHING,
+    SENDING_OPEN,
+    SENDING_UNDECIDED,
+    SENDING_UNSENT,
+    Event,
+    Receiving,
+    Sending,
+)
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -184,8 +203,8 @@ class MuxStream:
     def wanted(self) -> tuple[bool, bool]:
         """Whether receiving and sending still matter to the application: neither over nor given up by it."""
         return (
-            self.receiving in (Receiving.OPEN, Receiving.AWAITING),
-            self.sending in (Sending.OPEN, Sending.FINISHING, Sending.UNSENT, Sending.UNDECIDED),
+            self.receiving in (RECEIVING_OPEN, RECEIVING_AWAITING),
+            self.sending in (SENDING_OPEN, SENDING_FINISHING, SENDING_UNSENT, SENDING_UNDECIDED),
         )
 
     # Answering an OPEN of the peer
@@ -198,7 +217,7 @@ class MuxStream:
         """
         if len(header) > MAX_OPEN - 4:
             raise LocalProtocolError(f"an ACCEPT takes at most {MAX_OPEN - 4} bytes of header, not {len(header)}")
-        self.move_sending(Event.DO_ACCEPT)
+        self.move_sending(EVENT_DO_ACCEPT)
         self.accept_tlvs = {int(OpenTLV.HEADER): header} if header else {}
         self._mux.decided(self)
         self._mux.want_control(self)
@@ -211,10 +230,10 @@ class MuxStream:
         """
         _check_code(code)
         before = self.sending
-        self.move_sending(Event.DO_REFUSE)
-        if before is not Sending.UNDECIDED:
+        self.move_sending(EVENT_DO_REFUSE)
+        if before is not SENDING_UNDECIDED:
             return
-        self.move_receiving(Event.DO_REFUSE)
+        self.move_receiving(EVENT_DO_REFUSE)
         self.receive_window.drop()
         self.reset_code, self.reset_text = code, text
         self.retry_ms = int(max(0.0, min(retry_after, 86_400.0)) * 1000)
@@ -230,7 +249,7 @@ class MuxStream:
             StreamClosedError: the sending half has ended or is ending.
             LocalProtocolError: the peer's OPEN was not accepted yet.
         """
-        if self.sending is not SENDING:
+        if self.sending is not SENDING_OPEN:
             self._check_sendable()
         if not data:
             return
@@ -243,9 +262,9 @@ class MuxStream:
             self._mux.activate(self)
 
     def _check_sendable(self) -> None:
-        if self.sending is Sending.UNDECIDED:
+        if self.sending is SENDING_UNDECIDED:
             raise LocalProtocolError("accept the stream before sending on it")
-        if self.sending not in (Sending.OPEN, Sending.UNSENT) or self.finish_wanted:
+        if self.sending not in (SENDING_OPEN, SENDING_UNSENT) or self.finish_wanted:
             raise StreamClosedError("the sending half of the stream is closed")
 
     def carry_datagrams(self) -> None:
@@ -292,7 +311,7 @@ class MuxStream:
         Raises:
             LocalProtocolError: the peer's OPEN was not accepted yet.
         """
-        self.move_sending(Event.DO_FINISH)
+        self.move_sending(EVENT_DO_FINISH)
         self.finish_wanted = True
         self._mux.activate(self)
 
@@ -300,13 +319,13 @@ class MuxStream:
         """Ends the sending half abruptly: the queue is dropped. Nothing happens if it has ended."""
         _check_code(code)
         before = self.sending
-        if before is Sending.UNSENT:
+        if before is SENDING_UNSENT:
             self._mux.give_up(self)
             return
-        if before is Sending.UNDECIDED:
+        if before is SENDING_UNDECIDED:
             self.refuse(code, text)
             return
-        self.move_sending(Event.DO_RESET)
+        self.move_sending(EVENT_DO_RESET)
         if before is not self.sending:
             self.reset_code, self.reset_text = code, text
             self.drop_queue()
@@ -330,12 +349,12 @@ class MuxStream:
         """
         _check_code(code)
         before = self.receiving
-        if self.sending is Sending.UNSENT:
+        if self.sending is SENDING_UNSENT:
             self._mux.give_up(self)
-        elif self.sending is Sending.UNDECIDED and before is Receiving.OPEN:
+        elif self.sending is SENDING_UNDECIDED and before is RECEIVING_OPEN:
             self.refuse(code)
         else:
-            self.move_receiving(Event.DO_STOP)
+            self.move_receiving(EVENT_DO_STOP)
             self.receive_window.drop()
             if before is not self.receiving:
                 self.stop_due, self.stop_code = True, code
@@ -345,7 +364,7 @@ class MuxStream:
 
     def cancel(self, code: int = Code.CANCELLED, text: str = "") -> None:
         """Ends both halves abruptly: STOP, and RESET unless FIN was sent."""
-        if self.sending not in (Sending.UNSENT, Sending.UNDECIDED):
+        if self.sending not in (SENDING_UNSENT, SENDING_UNDECIDED):
             self.stop(code)
         self.reset(code, text)
 
@@ -358,9 +377,9 @@ class MuxStream:
         """
         check_priority(priority, weight)
         self.priority, self.weight = priority, weight
-        if self.sending is not Sending.UNSENT and self.receiving in (Receiving.OPEN, Receiving.AWAITING):
+        if self.sending is not SENDING_UNSENT and self.receiving in (RECEIVING_OPEN, RECEIVING_AWAITING):
             self.priority_due = True
-            if self.sending is not Sending.UNDECIDED:
+            if self.sending is not SENDING_UNDECIDED:
                 self._mux.want_control(self)
 
     def pin(self, priority: int, weight: int) -> None:
@@ -444,8 +463,8 @@ class MuxStream:
 
     def end(self) -> None:
         """It is over, on both sides or with the session: nothing more is sent or expected."""
-        self.receiving = Receiving.ENDED
-        self.sending = Sending.ENDED
+        self.receiving = RECEIVING_ENDED
+        self.sending = SENDING_ENDED
         self.forgotten = True
         self.drop_queue()
 
@@ -460,7 +479,7 @@ class MuxStream:
         self.receive_window.assert_invariants()
         self.send_window.assert_invariants()
         assert self.queued == sum(map(len, self._queue or ()))
-        assert not self.datagrams or self.sending in (Sending.OPEN, Sending.FINISHING, Sending.UNSENT)
+        assert not self.datagrams or self.sending in (SENDING_OPEN, SENDING_FINISHING, SENDING_UNSENT)
 
 
 def check_priority(priority: int, weight: int) -> None:

@@ -31,7 +31,18 @@ from konnektor.frames import (
 )
 from konnektor.mux_stream import MuxStream
 from konnektor.scheduler import FRESH
-from konnektor.states import FINISHING, SENDING, Event, Receiving, Sending
+from konnektor.states import (
+    EVENT_DO_FINISH,
+    EVENT_SENT_END,
+    EVENT_SENT_OPEN,
+    RECEIVING_AWAITING,
+    RECEIVING_ENDED,
+    RECEIVING_OPEN,
+    SENDING_FINISHING,
+    SENDING_OPEN,
+    SENDING_REFUSING,
+    SENDING_RESETTING,
+)
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
@@ -253,28 +264,28 @@ class Outbound:
         if stream.accept_tlvs is not None:
             frames.append(Accept(stream.id, stream.accept_tlvs).encode())
             stream.accept_tlvs = None
-        if stream.sending is Sending.REFUSING:
+        if stream.sending is SENDING_REFUSING:
             frames.append(Refuse(stream.id, stream.reset_code, stream.retry_ms, stream.reset_text).encode())
-            stream.move_sending(Event.SENT_END)
-            owed = stream.receiving is not Receiving.ENDED
+            stream.move_sending(EVENT_SENT_END)
+            owed = stream.receiving is not RECEIVING_ENDED
         if stream.credit_due:
             stream.credit_due = False
-            if stream.receiving is Receiving.OPEN:
+            if stream.receiving is RECEIVING_OPEN:
                 offset = stream.receive_window.grant(now, self._mux.flight.rtt_min)
                 if offset is not None:
                     frames.append(Credit(stream.id, offset).encode())
         if stream.stop_due:
             stream.stop_due = False
-            if stream.receiving is not Receiving.ENDED:
+            if stream.receiving is not RECEIVING_ENDED:
                 frames.append(Stop(stream.id, stream.stop_code).encode())
                 owed = True
-        if stream.sending is Sending.RESETTING:
+        if stream.sending is SENDING_RESETTING:
             offset = stream.send_window.sent
             frames.append(Reset(stream.id, stream.reset_code, offset, stream.reset_text).encode())
-            stream.move_sending(Event.SENT_END)
+            stream.move_sending(EVENT_SENT_END)
         if stream.priority_due:
             opens = self._mux.admission.opens
-            if stream.receiving not in (Receiving.OPEN, Receiving.AWAITING):
+            if stream.receiving not in (RECEIVING_OPEN, RECEIVING_AWAITING):
                 stream.priority_due = False
             elif self._hints.take(opens, now):
                 stream.priority_due = False
@@ -285,7 +296,7 @@ class Outbound:
         parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.append((self._mux.flight.sent, stream))
-        if stream.queued or stream.datagrams or stream.sending is Sending.FINISHING:
+        if stream.queued or stream.datagrams or stream.sending is SENDING_FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
@@ -301,9 +312,9 @@ class Outbound:
         stream.tlvs = {}
         frame = self._sequenced(Open(stream.id, stream.priority, stream.name, params).encode())
         parts.append(frame)
-        stream.move_sending(Event.SENT_OPEN)
+        stream.move_sending(EVENT_SENT_OPEN)
         if stream.finish_wanted:
-            stream.move_sending(Event.DO_FINISH)
+            stream.move_sending(EVENT_DO_FINISH)
         mux.schedule(stream)
         if stream.weight != 1:
             stream.priority_due = True
@@ -329,7 +340,7 @@ class Outbound:
             if stream.place == FRESH and scheduler.contended:
                 interactive = True
             sending = stream.sending
-            if sending is not SENDING and sending is not FINISHING:
+            if sending is not SENDING_OPEN and sending is not SENDING_FINISHING:
                 scheduler.finish(stream, 0, now)
                 continue
             if stream.datagrams is not None:
@@ -342,7 +353,7 @@ class Outbound:
                     continue
             window = stream.send_window
             pending = stream.queued
-            count = window.sendable(pending)
+            count = window.sendable(pending) if pending else 0
             if count > FRAME_FLOOR:
                 frame_limit = frame_limit or min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
                 limit = frame_limit if over < 0 else min(frame_limit, FRESH_PAYLOAD)
@@ -351,7 +362,7 @@ class Outbound:
             left = pending - count
             flags = 0
             if not left:
-                flags = 1 if sending is FINISHING else 0
+                flags = 1 if sending is SENDING_FINISHING else 0
             elif count == 0 or window.limit - window.sent - count < min(left, 1024):
                 flags = 2
                 window.blocked_at = window.limit
@@ -364,7 +375,7 @@ class Outbound:
             flight.on_sent(frame_size)
             if flags == 1:
                 scheduler.finish(stream, frame_size, now)
-                stream.move_sending(Event.SENT_END)
+                stream.move_sending(EVENT_SENT_END)
                 if stream.datagrams:
                     stream.datagrams.clear()
                 mux.settle(stream)

@@ -17,7 +17,7 @@ from konnektor.stream_types import StreamType
 if TYPE_CHECKING:
     from konnektor.session import Session
 
-__all__ = ["Classify", "Serving"]
+__all__ = ["Classify", "Serving", "fail"]
 
 T = TypeVar("T", bound=StreamType)
 
@@ -61,7 +61,7 @@ class Serving:
             mux_stream.refuse(Code.UNSUPPORTED, "no such stream type here")
             mux_stream.release()
             return
-        request_type, handler = entry
+        request_type, handler, begin = entry
         try:
             request = request_type.decode(mux_stream.header)
         except ValueError as error:
@@ -77,6 +77,14 @@ class Serving:
             mux_stream.carry_datagrams()
         if self._classify is not None and (rule := self._classify(request)) is not None:
             mux_stream.pin(*rule)
+        if begin is not None:
+            try:
+                begun = begin(session, mux_stream, request)
+            except Exception as error:  # noqa: BLE001
+                fail(session, mux_stream, error)
+                return
+            if begun:
+                return
         inbox = Inbox()
         mux_stream.sink = inbox
         stream = Stream(session, mux_stream, inbox, request)
@@ -119,3 +127,10 @@ class Serving:
         """The session is over: nobody need listen any more."""
         for listener in list(self.listeners.values()):
             listener.close()
+
+
+def fail(session: Session, mux_stream: MuxStream, error: Exception) -> None:
+    """A defect, in what serves a stream without a task: this stream ends, others do not."""
+    session.log.error("the handler of a %s stream failed", mux_stream.name, exc_info=error)
+    mux_stream.cancel(Code.INTERNAL, describe(Code.INTERNAL))
+    mux_stream.release()

@@ -20,10 +20,14 @@ from typing import Final, cast
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
 from konnektor.socket_transport import SocketTransport
-from konnektor.states import Receiving, Sending
+from konnektor.states import (
+    RECEIVING_ENDED,
+    SENDING_OPEN,
+    SENDING_UNSENT,
+)
 from konnektor.stream import Inbox, Stream
 
-__all__ = ["Splice", "splice"]
+__all__ = ["Splice", "join", "splice"]
 
 QUEUE_HIGH: Final = 4 * PAYLOAD
 """Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
@@ -43,7 +47,6 @@ class Splice:
         on_closed: called once, when both sides are done.
 
     Attributes:
-        local: the protocol for the socket's transport.
         on_connected: called when ``local`` gets its transport; it should ``attach`` a stream.
         transport: the socket's transport, None before and after.
     """
@@ -56,7 +59,6 @@ class Splice:
         "_lingering",
         "_paused",
         "_stream",
-        "local",
         "on_closed",
         "on_connected",
         "transport",
@@ -73,7 +75,11 @@ class Splice:
         self._broken = False
         self._done = False
         self._lingering = False
-        self.local = _Local(self)
+
+    @property
+    def local(self) -> asyncio.Protocol:
+        """The protocol for the socket's transport. Nothing but that keeps it: no cycle is left for the collector."""
+        return _Local(self)
 
     # The stream's side
 
@@ -117,7 +123,7 @@ class Splice:
             return
         stream = self._stream
         assert stream is not None
-        if stream.sending is Sending.OPEN and transport.can_write_eof():
+        if stream.sending is SENDING_OPEN and transport.can_write_eof():
             with contextlib.suppress(OSError):  # reset: reading tells
                 transport.write_eof()
         else:
@@ -138,7 +144,10 @@ class Splice:
             self.writable()
 
     def closed(self) -> None:
-        self._close()
+        if self._done:
+            self._stream = None
+        else:
+            self._close()
 
     # The socket's side
 
@@ -152,7 +161,7 @@ class Splice:
     def local_data(self, data: bytes) -> None:
         """The socket delivered."""
         stream = self._stream
-        if stream is None or (stream.sending is not Sending.OPEN and stream.sending is not Sending.UNSENT):
+        if stream is None or (stream.sending is not SENDING_OPEN and stream.sending is not SENDING_UNSENT):
             return
         stream.write(data)
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
@@ -166,7 +175,7 @@ class Splice:
             return False
         stream.finish()
         # Where FIN has come already there is nothing more to take either: the transport closes after its buffer.
-        return stream.receiving is not Receiving.ENDED and transport.can_write_eof()
+        return stream.receiving is not RECEIVING_ENDED and transport.can_write_eof()
 
     def local_paused(self, paused: bool) -> None:
         """The socket's buffer is full, or has room again."""
@@ -179,8 +188,8 @@ class Splice:
         """The socket is gone."""
         self.transport = None
         stream = self._stream
-        if stream is not None:
-            if self._broken or (exc is not None and stream.sending in (Sending.OPEN, Sending.UNSENT)):
+        if stream is not None and not stream.forgotten:
+            if self._broken or (exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)):
                 stream.cancel(self._code)
             else:
                 # It came to its end, or was closed in both directions at once: what it delivered is whole.
@@ -235,10 +244,15 @@ class Splice:
         if self._done:
             return
         self._done = True
-        if self._stream is not None:
-            self._stream.release()
+        stream = self._stream
+        if stream is not None:
+            stream.release()
+            if stream.forgotten:
+                # Else it still has to end, and tells. They would keep each other until the collector comes.
+                self._stream = None
         if self.on_closed is not None:
-            self.on_closed()
+            on_closed, self.on_closed = self.on_closed, None
+            on_closed()
 
 
 class _Local(asyncio.Protocol):
@@ -289,19 +303,52 @@ async def splice(
         StreamClosedError: the stream was closed here.
         anyio.BusyResourceError: a task is receiving from the stream or sending to it.
     """
-    joint = Splice(code=code)
 
-    def join(transport: asyncio.Transport) -> None:
-        # In connection_made: before the socket's first byte.
+    def take() -> MuxStream:
         if not stream.decided:
             stream.accept_now()
-        mux_stream = stream.detach()
-        joint.on_closed = on_closed
-        joint.attach(mux_stream)
+        return stream.detach()
 
-    joint.on_connected = join
     try:
         sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    _join(take, sock, code, on_closed)
+
+
+def join(stream: MuxStream, sock: socket.socket, *, on_closed: Callable[[], object]) -> None:
+    """``splice`` for a peer's stream that has come no further than the multiplexer, which is accepted.
+
+    Args:
+        stream: its sink has received nothing, or is an Inbox.
+        sock: connected and non-blocking.
+        on_closed: called once, when both are closed.
+
+    Raises:
+        LocalProtocolError: the stream's answer is settled.
+    """
+
+    def take() -> MuxStream:
+        stream.accept()
+        return stream
+
+    _join(take, sock, Code.TARGET_RESET, on_closed)
+
+
+def _join(
+    take: Callable[[], MuxStream], sock: socket.socket, code: int, on_closed: Callable[[], object] | None
+) -> None:
+    joint = Splice(code=code)
+
+    def connected(transport: asyncio.Transport) -> None:
+        # In connection_made: before the socket's first byte.
+        stream = take()
+        joint.on_closed = on_closed
+        joint.attach(stream)
+
+    joint.on_connected = connected
+    try:
         SocketTransport(sock, joint.local)
     except BaseException:
         sock.close()

@@ -13,7 +13,38 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-__all__ = ["FINISHING", "RECEIVE", "RECEIVING", "SEND", "SENDING", "Event", "Receiving", "Sending"]
+__all__ = [
+    "EVENT_ACCEPT",
+    "EVENT_DATA",
+    "EVENT_DO_ACCEPT",
+    "EVENT_DO_FINISH",
+    "EVENT_DO_REFUSE",
+    "EVENT_DO_RESET",
+    "EVENT_DO_STOP",
+    "EVENT_FIN",
+    "EVENT_REFUSE",
+    "EVENT_RESET",
+    "EVENT_SENT_END",
+    "EVENT_SENT_OPEN",
+    "EVENT_STOP",
+    "RECEIVE",
+    "RECEIVING_AWAITING",
+    "RECEIVING_DISCARDING",
+    "RECEIVING_ENDED",
+    "RECEIVING_GIVEN_UP",
+    "RECEIVING_OPEN",
+    "SEND",
+    "SENDING_ENDED",
+    "SENDING_FINISHING",
+    "SENDING_OPEN",
+    "SENDING_REFUSING",
+    "SENDING_RESETTING",
+    "SENDING_UNDECIDED",
+    "SENDING_UNSENT",
+    "Event",
+    "Receiving",
+    "Sending",
+]
 
 
 class Receiving(IntEnum):
@@ -50,12 +81,6 @@ class Sending(IntEnum):
     """FIN, RESET or REFUSE is on the wire."""
 
 
-# For what runs with every frame: an attribute of an enumeration takes longer to look up than such a test may take.
-RECEIVING: Final = Receiving.OPEN
-SENDING: Final = Sending.OPEN
-FINISHING: Final = Sending.FINISHING
-
-
 class Event(IntEnum):
     """Inputs of the machines: frames of the peer, calls of the application, frames put on the wire."""
 
@@ -76,6 +101,36 @@ class Event(IntEnum):
     SENT_OPEN = 11
     SENT_END = 12
 
+
+# The members once more, as names of the module: for what runs for every frame. Python 3.11 looks ``Sending.OPEN`` up
+# through ``__getattr__`` of the enum's class, which takes ten times as long.
+RECEIVING_OPEN: Final = Receiving.OPEN
+RECEIVING_AWAITING: Final = Receiving.AWAITING
+RECEIVING_GIVEN_UP: Final = Receiving.GIVEN_UP
+RECEIVING_DISCARDING: Final = Receiving.DISCARDING
+RECEIVING_ENDED: Final = Receiving.ENDED
+
+SENDING_OPEN: Final = Sending.OPEN
+SENDING_UNSENT: Final = Sending.UNSENT
+SENDING_UNDECIDED: Final = Sending.UNDECIDED
+SENDING_FINISHING: Final = Sending.FINISHING
+SENDING_RESETTING: Final = Sending.RESETTING
+SENDING_REFUSING: Final = Sending.REFUSING
+SENDING_ENDED: Final = Sending.ENDED
+
+EVENT_DATA: Final = Event.DATA
+EVENT_FIN: Final = Event.FIN
+EVENT_ACCEPT: Final = Event.ACCEPT
+EVENT_REFUSE: Final = Event.REFUSE
+EVENT_RESET: Final = Event.RESET
+EVENT_STOP: Final = Event.STOP
+EVENT_DO_ACCEPT: Final = Event.DO_ACCEPT
+EVENT_DO_REFUSE: Final = Event.DO_REFUSE
+EVENT_DO_FINISH: Final = Event.DO_FINISH
+EVENT_DO_RESET: Final = Event.DO_RESET
+EVENT_DO_STOP: Final = Event.DO_STOP
+EVENT_SENT_OPEN: Final = Event.SENT_OPEN
+EVENT_SENT_END: Final = Event.SENT_END
 
 _R, _S, _E = Receiving, Sending, Event
 

@@ -9,15 +9,16 @@ from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from konnektor.addresses import Protocol, format_hostport, format_protocol
+from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host
 from konnektor.changes import Changes
-from konnektor.dial import dial, dial_udp, reset_on_close
-from konnektor.errors import Code, DeniedError, StreamError
+from konnektor.dial import Dialing, begin_dial, dial, dial_udp, reset_on_close
+from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
 from konnektor.mux import MuxStream
 from konnektor.policy import AllowList
+from konnektor.serving import fail
 from konnektor.session import Session
-from konnektor.splice import Splice, splice
-from konnektor.stream import Stream
+from konnektor.splice import Splice, join, splice
+from konnektor.stream import Inbox, Stream
 from konnektor.stream_types import Tcp, Udp
 from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 
@@ -32,7 +33,7 @@ class _Target(NamedTuple):
     host: str
     port: int
     protocol: Protocol
-    address: str | None
+    address: IPAddress | None
     """Which was dialed; None if the connection was gone before it could be told."""
 
     def __str__(self) -> str:
@@ -56,6 +57,49 @@ class Targets:
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
         self._changes = Changes()
+
+    def begin(self, session: Session, stream: MuxStream, request: Tcp) -> bool:
+        """``serve`` where the host is an address: nothing needs a task, and on the way to nearby targets nothing waits."""
+        try:
+            address = parse_host(request.host)
+        except ConfigurationError:
+            return False
+        if isinstance(address, str):
+            return False
+        allow = self._allowed(session)
+        target = _Target(session, stream, request.host, request.port, "tcp", address)
+        try:
+            allow.check_name(target.host, target.port)
+            sock, connected = begin_dial(address, target.port)
+        except StreamError as error:
+            _refuse(target, error)
+            return True
+        if connected:
+            self._join(target, sock)
+        else:
+            inbox = Inbox()
+            stream.sink = inbox
+            inbox.on_cancel = partial(
+                _give_up, target, Dialing(sock, address, target.port, partial(self._dialed, target, allow))
+            )
+        return True
+
+    def _dialed(self, target: _Target, allow: AllowList, outcome: socket.socket | StreamError) -> None:
+        """The end of the dial that ``begin`` began."""
+        inbox = target.stream.sink
+        assert isinstance(inbox, Inbox)
+        inbox.on_cancel = None
+        try:
+            if isinstance(outcome, StreamError):
+                raise outcome
+            self._recheck(target, outcome, allow)
+            self._join(target, outcome)
+        except StreamError as error:
+            inbox.clear()
+            _refuse(target, error)
+        except Exception as error:  # noqa: BLE001
+            inbox.clear()
+            fail(target.session, target.stream, error)
 
     async def serve(self, stream: Stream, request: Tcp) -> None:
         """The handler for ``Tcp``.
@@ -93,26 +137,38 @@ class Targets:
                 host, port, check=allow.checker(host, port, protocol)
             )
             target = _Target(session, stream._mux, host, port, protocol, _peer_address(sock))
-            if self._allowed(session) is not allow:  # the rules have changed meanwhile
-                try:
-                    self._check(target)
-                except DeniedError:
-                    sock.close()
-                    raise
+            self._recheck(target, sock, allow)
         except StreamError as error:
-            asked = format_protocol(protocol) + format_hostport(host, port)
-            session.log.warning("refused %s a stream to %s: %s", session.peer_name, asked, error)
+            _log_refusal(session, format_protocol(protocol) + format_hostport(host, port), error)
             await stream.reject(error.code)
             return None
         self._open[sock] = target
         return sock
 
+    def _join(self, target: _Target, sock: socket.socket) -> None:
+        """Joins the stream of a target to its socket, which is open from here on."""
+        self._open[sock] = target
+        closed = partial(self._closed, sock)
+        try:
+            join(target.stream, sock, on_closed=closed)
+        except BaseException:
+            closed()
+            raise
+
+    def _recheck(self, target: _Target, sock: socket.socket, allow: AllowList) -> None:
+        """Closes what was dialed by rules that have changed meanwhile, and raises DeniedError, unless the new ones allow it."""
+        if self._allowed(target.session) is not allow:
+            try:
+                self._check(target)
+            except BaseException:
+                sock.close()
+                raise
+
     def _check(self, target: _Target) -> None:
         """Raises DeniedError if the rules as they are now do not allow what was dialed."""
         if target.address is None:
             raise DeniedError(f"{target}: nobody knows any more what address this was")
-        address = ip_address(target.address.partition("%")[0])
-        self._allowed(target.session).check_address(target.host, address, target.port, target.protocol)
+        self._allowed(target.session).check_address(target.host, target.address, target.port, target.protocol)
 
     def judge(self) -> None:
         """The rules have changed: what they no longer allow ends, for its peer with DENIED."""
@@ -149,8 +205,28 @@ class Targets:
         await self._changes.wait_for(lambda: not self._open)
 
 
-def _peer_address(sock: socket.socket) -> str | None:
+def _give_up(target: _Target, dialing: Dialing) -> None:
+    """The peer has, or the session is over: the answer is settled."""
+    dialing.cancel()
+    inbox = target.stream.sink
+    assert isinstance(inbox, Inbox)
+    inbox.on_cancel = None
+    inbox.clear()
+    target.stream.release()
+
+
+def _refuse(target: _Target, error: StreamError) -> None:
+    _log_refusal(target.session, str(target), error)
+    target.stream.refuse(error.code)
+    target.stream.release()
+
+
+def _log_refusal(session: Session, asked: str, error: StreamError) -> None:
+    session.log.warning("refused %s a stream to %s: %s", session.peer_name, asked, error)
+
+
+def _peer_address(sock: socket.socket) -> IPAddress | None:
     try:
-        return str(sock.getpeername()[0])
+        return ip_address(sock.getpeername()[0].partition("%")[0])
     except OSError:  # reset already
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine
@@ -84,6 +83,9 @@ class Clients:
     def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
         name = bound_name(sockets[0])
         for sock in sockets:
+            if sock.family != socket.AF_UNIX:
+                # For every client at once: what a listening socket has, the kernel gives to those that it accepts.
+                set_options(sock)
             self._acceptors.append(Acceptor(sock, partial(self._accepted, make, context)))
         return name
 
@@ -111,9 +113,6 @@ class Clients:
         self._changes.notify()
 
     def _accepted(self, make: Factory, context: ReloadingContext | None, sock: socket.socket, address: Any) -> None:
-        if sock.family != socket.AF_UNIX:
-            with contextlib.suppress(OSError):  # it is gone already, and reading will tell
-                set_options(sock)
         client = make()
         if context is None:
             protocol = client if isinstance(client, HttpConnect) else client.local

@@ -107,7 +107,7 @@ async def test_the_rules_change_while_a_target_is_dialed(certs, monkeypatch):
 
         monkeypatch.setattr("konnektor.targets.dial", slow)
         with pytest.raises(kk.DeniedError) as refused:
-            await t.session.open_tcp("127.0.0.1", echo.port)
+            await t.session.open_tcp("localhost", echo.port)
         assert refused.value.refused
         await until(lambda: echo.made and echo.made[0].lost.done())
         assert not t.worker._targets._open
@@ -117,7 +117,7 @@ async def test_what_was_dialed_is_judged_though_nobody_knows_its_address(certs, 
     """It was reset before it could be asked: no rule can be shown to allow it."""
     monkeypatch.setattr("konnektor.targets._peer_address", lambda _sock: None)
     async with target() as echo, tunnel(certs) as t:
-        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        stream = await t.session.open_tcp("localhost", echo.port)
         await echoes(stream)
         t.worker.set_allow(t.worker.allow.rules)
         assert "no longer allowed" in await ended(stream)

@@ -97,7 +97,7 @@ async def test_the_opener_gives_up_in_the_last_moment(certs, monkeypatch):
 
     monkeypatch.setattr("konnektor.targets.dial", dial)
     async with target() as echo, tunnel(certs) as t:
-        opening = asyncio.create_task(t.session.open_tcp("127.0.0.1", echo.port))
+        opening = asyncio.create_task(t.session.open_tcp("localhost", echo.port))
         with pytest.raises(asyncio.CancelledError):
             await opening
         await until(lambda: echo.made)
@@ -113,7 +113,7 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
     monkeypatch.setattr("konnektor.targets.splice", splice)
     async with target() as echo, tunnel(certs) as t:
         with pytest.raises(kk.StreamError):
-            await t.session.open_tcp("127.0.0.1", echo.port)
+            await t.session.open_tcp("localhost", echo.port)
         assert not t.worker._targets._open
         await until(lambda: echo.made)
 

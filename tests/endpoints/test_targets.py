@@ -1,0 +1,163 @@
+"""Targets that are addresses: dialed without a task, at once or by callbacks."""
+
+import asyncio
+import socket
+
+import pytest
+
+import konnektor as kk
+import konnektor.targets
+from konnektor.targets import begin_dial
+from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
+from tests.session.test_dial import silent
+
+
+@pytest.fixture(params=["at once", "later"])
+def connecting(request, monkeypatch):
+    """Connections on loopback are there at once; ``later`` has them awaited all the same."""
+    if request.param == "later":
+        monkeypatch.setattr("konnektor.dial._is_connected", lambda _sock: False)
+    return request.param
+
+
+def at_rest(t):
+    """Nothing is left of any stream, at the worker."""
+    mux = t.worker.sessions[0]._mux
+    return not mux.streams and not t.worker._targets._open and mux.admission.retired == mux.admission.taken
+
+
+async def test_no_stream_to_an_address_needs_a_task(certs, connecting):
+    async with target() as echo, target(Goodbye) as polite, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port, early=True)
+        await stream.send(b"early")  # with the OPEN
+        await stream.opened()
+        assert not t.worker.sessions[0]._tasks
+        assert await stream.receive() == b"early"
+        await stream.send_eof()
+        await echo.made[0].eof.wait()
+        await stream.aclose()
+        async with await t.session.open_tcp("127.0.0.1", polite.port) as stream:
+            await stream.send(b"x")
+            assert await stream.receive() == b"bye"
+            await stream.send(b"y")
+            await stream.send_eof()
+            await polite.made[0].eof.wait()
+            assert polite.made[0].data == b"xy"
+        await until(lambda: at_rest(t))
+
+
+async def test_a_target_that_refuses(certs, log):
+    async with tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", port := unused_port(), early=True)
+        await stream.send(b"for nobody")
+        with pytest.raises(kk.ConnectRefusedError) as refused:
+            await stream.opened()
+        assert refused.value.refused
+        await stream.aclose()
+        await until(lambda: at_rest(t))
+    assert any(f"refused cp a stream to 127.0.0.1:{port}: 127.0.0.1:{port}: ECONNREFUSED" in line for line in log())
+
+
+@pytest.mark.parametrize("early", [b"", b"data"])
+async def test_the_opener_gives_up_while_the_target_is_dialed(certs, early):
+    with silent("127.0.0.1") as port:
+        async with tunnel(certs) as t:
+            mux = t.worker.sessions[0]._mux
+            stream = await t.session.open_tcp("127.0.0.1", port, early=True)
+            await stream.send(early)
+            await until(lambda: mux.streams)
+            await asyncio.sleep(0.01)
+            assert not t.worker.sessions[0]._tasks
+            stream.reset()
+            await until(lambda: mux.admission.taken == 1 and at_rest(t))
+
+
+async def test_the_opener_gives_up_with_its_open(certs, connecting):
+    """OPEN and STOP in one reading."""
+    async with target() as echo, tunnel(certs) as t:
+        for _ in range(50):
+            stream = await t.session.open_tcp("127.0.0.1", echo.port, early=True)
+            await asyncio.sleep(0)
+            stream.reset()
+        await until(lambda: not t.session.stream_count and at_rest(t))
+
+
+async def test_the_deadline_ends_a_dial(certs):
+    with silent("127.0.0.1") as port:
+        async with tunnel(certs) as t:
+            with pytest.raises(kk.DialTimeoutError):
+                await t.session.open_tcp("127.0.0.1", port, deadline=0.05)
+            await until(lambda: at_rest(t))
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "drain"])
+async def test_the_session_ends_while_a_target_is_dialed(certs, end):
+    with silent("127.0.0.1") as port:
+        async with tunnel(certs, limits=kk.Limits(resume_grace=0)) as t:
+            client = t.worker.sessions[0]
+            opening = asyncio.create_task(t.session.open_tcp("127.0.0.1", port))
+            await until(lambda: client._mux.streams)
+            if end == "drain":
+                client.start_drain(0.05)
+            else:
+                getattr(client, end)()
+            with pytest.raises(kk.PeerError):
+                await opening
+            await client.wait_closed()
+
+
+async def test_the_rules_change_while_an_address_is_dialed(certs, monkeypatch, connecting):
+    async with target() as echo, tunnel(certs) as t:
+
+        def meanwhile(address, port):
+            sock, _ = begin_dial(address, port)
+            asyncio.get_running_loop().call_soon(t.worker.set_allow, [])
+            return sock, False
+
+        monkeypatch.setattr("konnektor.targets.begin_dial", meanwhile)
+        with pytest.raises(kk.DeniedError) as refused:
+            await t.session.open_tcp("127.0.0.1", echo.port)
+        assert refused.value.refused
+        await until(lambda: echo.made and echo.made[0].lost.done())
+        assert at_rest(t)
+
+
+async def test_a_target_whose_connection_cannot_be_joined(certs, monkeypatch, connecting, log):
+    """A defect ends its own stream alone."""
+    join = konnektor.targets.join
+
+    def fail(_stream, sock, **_):
+        sock.close()
+        raise RuntimeError("a bug")
+
+    async with target() as echo, tunnel(certs) as t:
+        monkeypatch.setattr("konnektor.targets.join", fail)
+        with pytest.raises(kk.StreamError) as refused:
+            await t.session.open_tcp("127.0.0.1", echo.port)
+        assert refused.value.code == kk.Code.INTERNAL
+        await until(lambda: echo.made and at_rest(t))
+        monkeypatch.setattr("konnektor.targets.join", join)
+        async with await t.session.open_tcp("127.0.0.1", echo.port) as stream:
+            await stream.send(b"on")
+            assert await stream.receive() == b"on"
+    assert any("the handler of a tcp stream failed" in line for line in log())
+
+
+async def test_clients_have_the_options_of_their_listener(certs):
+    async with target() as echo, tunnel(certs) as t:
+        at = await t.plane.add_forward(f"127.0.0.1:0=node-1/127.0.0.1:{echo.port}")
+        host, _, port = at.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        await until(lambda: echo.made)
+        (transport,) = t.plane._clients._here
+        client = transport.get_extra_info("socket")
+        for level, option, value in (
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+        ):
+            assert client.getsockopt(level, option) == value
+        writer.close()
+        await writer.wait_closed()
