@@ -8,6 +8,8 @@ SECONDS ?= 180
 PEERS ?=
 COLUMNS ?=
 REPEATS ?= 3
+# What is profiled, all of it by default: make profile CASES=up,requests
+CASES ?=
 CUTS ?= 200
 FUZZ ?= decoder sessions
 FUZZ_SECONDS ?= 60
@@ -16,7 +18,7 @@ PURE_FILES = $(shell $(BIN)/python -c 'import tomllib; c = tomllib.load(open("py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check nightly fuzz compiled test-compiled bench bench-quick bench-micro isolation soak faults clean curl
+.PHONY: help demo test check nightly fuzz compiled test-compiled bench bench-quick bench-micro profile isolation soak faults clean curl
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1  \2/p' $(firstword $(MAKEFILE_LIST)) | awk '{ $$2 = sprintf("%-13s", $$2); print }'
@@ -57,6 +59,9 @@ bench-quick: .venv/.ready-bench ## measure bulk and requests beside OpenSSH and 
 
 bench-micro: .venv/.ready-bench ## measure the core alone, in memory
 	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
+
+profile: .venv/.ready-bench ## where both ends' time goes under each kind of load, and flame graphs in docs/bench/ (two minutes; CASES=up,requests)
+	@$(BIN)/python -m bench.profiles --cases='$(CASES)' --svg=docs/bench
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)
 	@$(BIN)/python -m bench.isolation

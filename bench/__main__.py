@@ -17,7 +17,7 @@ from bench.results import Results
 from bench.run import cost, measure, prepare
 from bench.targets import missing_tools
 
-__all__ = ["main"]
+__all__ = ["Wrong", "choose", "main"]
 
 FAMILIES: dict[str, list[str]] = {}
 for _column in COLUMNS.values():

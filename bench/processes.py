@@ -19,6 +19,7 @@ __all__ = [
     "free_port",
     "raise_descriptor_limit",
     "resident_kb",
+    "user_and_system",
     "wait_for_http",
     "wait_for_port",
 ]
@@ -108,6 +109,13 @@ def _family(roots: Iterable[int]) -> dict[int, int]:
 def cpu_seconds(roots: Iterable[int]) -> float:
     """User and system time of processes and all their descendants that live."""
     return sum(_family(roots).values()) / os.sysconf("SC_CLK_TCK")
+
+
+def user_and_system(pid: int) -> tuple[float, float]:
+    """Seconds of processor time that a process has spent by itself, and the kernel for it."""
+    stat = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(stat[11]) / tick, int(stat[12]) / tick
 
 
 def resident_kb(roots: Iterable[int]) -> int:

@@ -108,9 +108,10 @@ class Flight:
         self.delivered = 0
         self._acked_at = 0.0
         self._first_sent_at = 0.0
-        self._rates: deque[float] = deque([0.0], AGREEING + 2)
+        # Lists: an empty deque takes twelve times as much, and a worker that only waits has these and little more.
+        self._rates = [0.0]
         """Highest rate between one clean PONG and the next; these reach further back than it takes to see a longer path."""
-        self._paths: deque[float] = deque(maxlen=REMEMBERED)
+        self._paths: list[float] = []
         """Round trips of clean PINGs."""
         self._interactive_at = -math.inf
         self._clean_at = -math.inf
@@ -216,12 +217,13 @@ class Flight:
         if self._ping_clean and not (self._ping_paused and received - self._received > CLEAN_FLIGHT):
             paths = self._paths
             paths.append(sample)
-            latest = list(paths)[-AGREEING:]
+            del paths[:-REMEMBERED]
+            latest = paths[-AGREEING:]
             if min(latest) > LONGER * min(paths) + SLACK_LOOSE:
-                paths.clear()
-                paths.extend(latest)
+                paths[:] = latest
             self.rtt_min = min(paths)
             self._rates.append(0.0)
+            del self._rates[: -AGREEING - 2]
             self.rate = max(self._rates)
 
     def on_ack(self, seq: int, now: float) -> None:
@@ -254,7 +256,7 @@ class Flight:
         """What is in flight goes again, on another path: estimates start anew."""
         self._batches.clear()
         self._batched = self.sent
-        self._rates = deque([0.0], AGREEING + 2)
+        self._rates = [0.0]
         self._paths.clear()
         self._clean_at = -math.inf
         self._ping_clean = self._ping_paused = False

@@ -109,7 +109,7 @@ def init_ca(directory: str | os.PathLike[str], trust_domain: str = "konnektor.lo
 def issue(
     directory: str | os.PathLike[str], role: Role | str, name: str, sans: Iterable[str] = (), days: int = 365
 ) -> Issued:
-    """Issue ``NAME.pem`` and ``NAME.key`` from the CA in ``directory``.
+    """Issue ``NAME.pem``, which has the CA's certificate behind its own, and ``NAME.key`` from the CA in ``directory``.
 
     A worker's and a client's certificate can only dial (clientAuth), a control plane's only accept (serverAuth).
     Workers check the host name that they dial, so a control plane's certificate is for its NAME and for ``sans``;
@@ -156,9 +156,8 @@ def issue(
         .add_extension(x509.SubjectAlternativeName([uri, *dict.fromkeys(hosts)]), critical=False)
         .sign(signer, hashes.SHA256())
     )
-    return _write(
-        folder / f"{name}.pem", certificate, folder / f"{name}.key", key, shortened=not_after < now + lifetime
-    )
+    cert_file, key_file = folder / f"{name}.pem", folder / f"{name}.key"
+    return _write(cert_file, certificate, key_file, key, issuer=authority, shortened=not_after < now + lifetime)
 
 
 def _load_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, str]:
@@ -259,10 +258,15 @@ def _write(
     key_file: Path,
     key: ec.EllipticCurvePrivateKey,
     *,
+    issuer: x509.Certificate | None = None,
     shortened: bool = False,
 ) -> Issued:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    contents = ((key_file, private, 0o600), (cert_file, certificate.public_bytes(Encoding.PEM), 0o644))
+    chain = certificate.public_bytes(Encoding.PEM)
+    if issuer is not None:
+        # Sent with it in any case; but if the file has it not, OpenSSL finds and verifies its own chain anew in each handshake.
+        chain += issuer.public_bytes(Encoding.PEM)
+    contents = ((key_file, private, 0o600), (cert_file, chain, 0o644))
     for file, _, _ in contents:
         if os.path.lexists(file):
             raise _exists(file)

@@ -30,17 +30,17 @@ class ReloadingContext:
 
     def __init__(self, build: Callable[[], ssl.SSLContext], *files: str | os.PathLike[str], owner: str) -> None:
         self._build = build
-        self._files = files
+        self._paths = [Path(path) for path in files]  # made once: they are looked at for each connection
         self._owner = owner
         self._stamp = self._look()
         self._context = build()
 
     def _look(self) -> tuple[tuple[int, int, int], ...] | None:
         try:
-            stats = [Path(path).stat() for path in self._files]
+            stats = [path.stat() for path in self._paths]
         except OSError:
             return None
-        return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+        return tuple([(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats])
 
     def get(self) -> ssl.SSLContext:
         """The context for the next connection. Files that went bad are logged once; the last good ones go on serving."""

@@ -34,7 +34,7 @@ class Resumption:
         ticket: what it takes to go on; None if the two sides have not agreed to it.
         replay: what may have to be sent again; None without a ticket.
         greeting: the RESUMED that goes ahead of everything else, until it is sent.
-        replaying: what is being sent again, frame after whole frame.
+        replaying: what is being sent again, frame after whole frame; None or empty if nothing is.
         suspended: the connection broke, and another may come.
         reason: how it broke, the last time.
         rejoining: the peer wants to go on with another session over this connection: this one will never be.
@@ -62,7 +62,7 @@ class Resumption:
         # A client may send before it knows what the server offers.
         self.replay = Replay() if offered else None
         self.greeting = b""
-        self.replaying: deque[bytes] = deque()
+        self.replaying: deque[bytes] | None = None
         self.suspended = False
         self.rejoining = False
         self.client_nonce = b""
@@ -116,7 +116,7 @@ class Resumption:
         self._settle_at = now + UNSETTLED_FOR
         self._grace_ends = now + grace
         self.greeting = b""
-        self.replaying.clear()
+        self.replaying = None
         self._mux.disconnected(now)
 
     def check(self, now: float) -> None:

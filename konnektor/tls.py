@@ -91,6 +91,7 @@ class Role(StrEnum):
     CLIENT = "client"
 
 
+_ROLES: Final = frozenset(Role)
 _USAGE: Final = {
     Role.WORKER: ExtendedKeyUsageOID.CLIENT_AUTH,
     Role.CONTROL_PLANE: ExtendedKeyUsageOID.SERVER_AUTH,
@@ -121,7 +122,7 @@ class Identity:
         if (
             match is None
             or not _TRUST_DOMAIN.fullmatch(match["domain"])
-            or match["role"] not in set(Role)
+            or match["role"] not in _ROLES
             or not NAME_PATTERN.fullmatch(match["name"])
         ):
             roles = "|".join(Role)

@@ -8,7 +8,7 @@ from bench.columns.column import Column, Figure, Figures
 from bench.columns.tools import transfer, transfer_begun, whole, wrk
 from bench.peers.peer import Peer
 
-__all__ = ["COLUMNS"]
+__all__ = ["BESIDE", "COLUMNS"]
 
 LEAD = 1.0
 """Seconds of bulk before the first request, and about as many after the last."""
@@ -26,16 +26,17 @@ class Beside(Column):
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
         alone = transfer(peer, seconds, "-P", "4")
+        figures = self.together(peer, seconds)
+        return {**figures, "kept": 100 * figures["bulk"] / alone.rate}
+
+    def together(self, peer: Peer, seconds: float) -> Figures:
+        """All figures but what needs bulk alone beforehand."""
         with transfer_begun(peer, whole(seconds) + 2 * LEAD, "-P", "4") as ended:
             time.sleep(LEAD)
             load = wrk(peer.ports["http"], seconds, 1)
             bulk = ended()
-        return {
-            "p50": load.latency["50"],
-            "p99": load.latency["99"],
-            "bulk": bulk.rate,
-            "kept": 100 * bulk.rate / alone.rate,
-        }
+        return {"p50": load.latency["50"], "p99": load.latency["99"], "bulk": bulk.rate}
 
 
-COLUMNS = [Beside()]
+BESIDE = Beside()
+COLUMNS = [BESIDE]

@@ -17,6 +17,8 @@ POLL = 0.02
 
 
 async def keep_up(address: str, folder: Path, count: int) -> None:
+    # A context each, 5 ms of checks and a rehearsal: what a worker does once, on its own machine, before it dials. So it is here,
+    # too: no figure has it. The Go peers' workers share one, which was made before as well.
     files = [kk.TLSFiles(folder / "ca.pem", folder / f"w{n}.pem", folder / f"w{n}.key") for n in range(count)]
     workers = [kk.Worker([address], tls=each, server_name="127.0.0.1") for each in files]
     gc.freeze()

@@ -66,8 +66,8 @@ async def test_foreign_worker_is_refused_and_told_so(plane, foreign):
     stranger = foreign.issue("worker", "node-1")
     met = await meet(plane.server_context(), lenient_client(stranger))
     assert explain(met.server, "the worker at X") == (
-        "the certificate of the worker at X was not issued by a CA that we trust (unable to get local issuer "
-        "certificate); issue it from our CA, or add its CA to our CA file"
+        "the certificate of the worker at X was not issued by a CA that we trust (self-signed "
+        "certificate in certificate chain); issue it from our CA, or add its CA to our CA file"
     )
     assert explain(met.client, "the control plane at Y") == (
         "the control plane at Y refused our certificate: unknown ca (tlsv1 alert unknown ca); "

@@ -69,6 +69,7 @@ def test_a_leaf_is_good_for_its_role_and_nothing_else(ca, role, usage):
     issued = pki.issue(ca, role, "a-1", days=30)
     leaf, authority = load(issued.cert), load(ca / "ca.pem")
     leaf.verify_directly_issued_by(authority)
+    assert x509.load_pem_x509_certificates(issued.cert.read_bytes()) == [leaf, authority]
     constraints, key_usage = extension(leaf, x509.BasicConstraints), extension(leaf, x509.KeyUsage)
     assert constraints.critical and not constraints.value.ca
     assert key_usage.critical and key_usage.value.digital_signature and not key_usage.value.key_cert_sign
