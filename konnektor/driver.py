@@ -2,7 +2,7 @@
 
 Reading: the transport fills a shared buffer, the multiplexer parses it in place, and only the beginning
 of a frame that is not all there is kept. Writing: what one turn of the loop produces goes into one
-write (256 KiB at a time), and nothing is pulled while the transport is full: data waits where
+write (a batch of the multiplexer's), and nothing is pulled while the transport is full: data waits where
 the scheduler can still choose. One timer serves every deadline; it belongs to the session, which may outlive its
 connection.
 """
@@ -29,7 +29,8 @@ clock: Final = time.monotonic
 """The time for the multiplexer. The same scale as the loop's own, but uvloop's moves once a turn, by milliseconds:
 too coarse to measure a round trip."""
 
-WRITE_HIGH: Final = 256 * 1024
+WRITE_HIGH: Final = 64 * 1024
+"""Bytes that may wait below the multiplexer, out of the scheduler's reach, before no more is pulled."""
 NOTSENT_LOWAT: Final = 128 * 1024
 CLOSE_TIMEOUT: Final = 5.0
 

@@ -6,11 +6,17 @@ at most ``cap`` bytes unacknowledged:
 
     cap = max(floor, gain * rate * (rtt_min + slack))
 
+or, while an interactive stream is active, because then delay matters more:
+
+    cap = max(3/4 floor, rate * min(tighter gain * (rtt_min + tighter slack), gain * (rtt_min - turns)))
+
+A round trip of less than ``turns`` is no path but what two busy processes take to answer, and there the floor does:
+bulk gives up a fifth of its rate, and what is in a hurry waits half as long. From 1 ms on the path is filled.
+
 The rate is the largest recent delivery rate (draft-ietf-ccwg-bbr, "delivery rate samples"): bytes
 acknowledged between the sending of a batch and its ACK, over the time between. Samples of batches that ended for want
 of data say nothing about the path and do not count, unless they are higher. The slack covers the peer's delay in
-acknowledging. The gain, 2, lets the cap find a faster path by doubling each round trip. Gain and slack are tight while
-an interactive stream was active, because then delay matters more.
+acknowledging. The gain, 2, lets the cap find a faster path by doubling each round trip.
 
 ``rtt_min`` is the smallest of the recent *clean* PINGs: those sent with next to nothing of ours in flight, for which
 bulk pauses now and then. When several in a row take longer, the path has become longer, and the older ones are forgotten. One that was answered from behind bulk of the peer's does not count then, or two ends that
@@ -34,9 +40,10 @@ __all__ = ["FRAME_FLOOR", "Flight"]
 FRAME_FLOOR: Final = 4096
 """Bytes of DATA that may always go in one frame."""
 
-SLACK_TIGHT: Final = 0.000_25
+SLACK_TIGHT: Final = 0.000_1
 SLACK_LOOSE: Final = 0.002
 GAIN_TIGHT: Final = 1.25
+TURNS: Final = 0.000_5
 GAIN_LOOSE: Final = 2.0
 INTERACTIVE_FOR: Final = 1.0
 
@@ -70,6 +77,7 @@ class Flight:
         rate: bytes per second the path was seen to take, 0 before the first sample.
         rtt: smoothed round trip in seconds, 0 before the first sample.
         rtt_min: smallest recent round trip in seconds that was no queue of ours, 0 before the first sample.
+        tight: an interactive stream is active beside bulk: what is queued anywhere, or done in one go, should be less.
         unreported: bytes of datagrams since the last PING.
     """
 
@@ -97,6 +105,7 @@ class Flight:
         "rtt_min",
         "sent",
         "sequenced",
+        "tight",
         "unreported",
     )
 
@@ -114,6 +123,7 @@ class Flight:
         self._paths: list[float] = []
         """Round trips of clean PINGs."""
         self._interactive_at = -math.inf
+        self.tight = False
         self._clean_at = -math.inf
         self._ping_clean = False
         self._ping_paused = False
@@ -169,6 +179,7 @@ class Flight:
     def on_interactive(self, now: float) -> None:
         """A small stream was served while bulky ones waited."""
         self._interactive_at = now
+        self.tight = True
 
     def pause_wanted(self, now: float) -> bool:
         """Whether bulk should pause until little is in flight, so that a PING can measure the path itself.
@@ -266,11 +277,14 @@ class Flight:
 
     def cap(self, now: float) -> int:
         """How many bytes may be in flight at ``now``."""
-        if now - self._interactive_at < INTERACTIVE_FOR:
-            cap = int(GAIN_TIGHT * self.rate * (self.rtt_min + SLACK_TIGHT))
+        if self.tight:
+            self.tight = now - self._interactive_at < INTERACTIVE_FOR
+            rtt = self.rtt_min
+            cap = int(self.rate * min(GAIN_TIGHT * (rtt + SLACK_TIGHT), GAIN_LOOSE * (rtt - TURNS)))
+            floor = self._floor - (self._floor >> 2)
         else:
-            cap = int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE))
-        return cap if cap > self._floor else self._floor
+            cap, floor = int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE)), self._floor
+        return cap if cap > floor else floor
 
     def frame_limit(self) -> int:
         """Largest DATA payload worth sending: about 8 ms of the rate, at least ``FRAME_FLOOR``."""

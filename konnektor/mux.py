@@ -49,7 +49,7 @@ from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import Liveness
 from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
-from konnektor.outbound import BATCH, PAYLOAD, Outbound, joined
+from konnektor.outbound import BATCH, PAYLOAD, TIGHT_BATCH, Outbound, joined
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
@@ -343,6 +343,8 @@ class Mux:
         """``data_to_send`` in pieces, none of them empty: large payloads are not copied."""
         if self.leaving.begun:
             self._drain_on(now)
+        if self.flight.tight and max_bytes > TIGHT_BATCH:
+            max_bytes = TIGHT_BATCH
         parts: list[Buffer] = []
         self.awake = False
         replay = self.resumption.replay

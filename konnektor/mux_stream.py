@@ -297,6 +297,11 @@ class MuxStream:
         """A queue for what comes, within the bound of the session; None if the stream's type has no datagrams."""
         return None if self.datagrams is None else DatagramQueue(self._mux.datagrams.incoming)
 
+    @property
+    def hurried(self) -> bool:
+        """Whether bulk, this stream's perhaps, has an interactive stream beside it: less should be done in one go."""
+        return self._mux.flight.tight
+
     def want_room(self, low_water: int = 0) -> None:
         """Asks for one ``sink.writable`` once sending has brought the queue down to ``low_water`` bytes.
 

@@ -55,6 +55,9 @@ BATCH: Final = 256 * 1024
 """Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size.
 (Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
 
+TIGHT_BATCH: Final = 64 * 1024
+"""The same while an interactive stream is active beside bulk: what it has to say waits for the end of a batch."""
+
 RECORD: Final = 16 * 1024
 """Bytes of a full TLS record."""
 

@@ -17,7 +17,7 @@ import termios
 import threading
 from typing import Any, Final, Protocol, cast
 
-__all__ = ["SocketTransport"]
+__all__ = ["READ_SIZE", "SocketTransport"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
@@ -54,6 +54,9 @@ class SocketTransport:
     Args:
         sock: belongs to the transport from now on.
         protocol: gets ``connection_made`` before the constructor returns.
+
+    Attributes:
+        read_size: bytes to read at most at a time, for a protocol without a buffer of its own.
     """
 
     __slots__ = (
@@ -68,6 +71,7 @@ class SocketTransport:
         "_resets",
         "_sock",
         "_watched",
+        "read_size",
     )
 
     def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
@@ -76,6 +80,7 @@ class SocketTransport:
         self._sock = sock
         self.set_protocol(protocol)
         self._buffer: bytearray | None = None
+        self.read_size = READ_SIZE
         self._reading = True
         self._watched = False
         self._closing = False
@@ -98,7 +103,7 @@ class SocketTransport:
                 data = b""
                 count = sock.recv_into(protocol.get_buffer(-1))
             else:
-                data = sock.recv(READ_SIZE)
+                data = sock.recv(self.read_size)
                 count = len(data)
         except (BlockingIOError, InterruptedError):
             return

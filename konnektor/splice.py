@@ -19,7 +19,7 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import SocketTransport
+from konnektor.socket_transport import READ_SIZE, SocketTransport
 from konnektor.states import (
     RECEIVING_ENDED,
     SENDING_OPEN,
@@ -164,6 +164,9 @@ class Splice:
         if stream is None or (stream.sending is not SENDING_OPEN and stream.sending is not SENDING_UNSENT):
             return
         stream.write(data)
+        if len(data) >= PAYLOAD and isinstance(self.transport, SocketTransport):
+            # Bulk. Who is in a hurry waits for as long as it takes to read and to write what is read in one go.
+            self.transport.read_size = PAYLOAD if stream.hurried else READ_SIZE
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
             self.transport.pause_reading()
             stream.want_room(QUEUE_LOW)

@@ -16,7 +16,8 @@ import pytest
 
 import konnektor as kk
 from konnektor.errors import StreamClosedError
-from konnektor.socket_transport import SocketTransport
+from konnektor.mux import PAYLOAD
+from konnektor.socket_transport import READ_SIZE, SocketTransport
 from konnektor.splice import QUEUE_HIGH, Splice, splice
 from konnektor.stream_types import Tcp
 from tests.session.check_stream import exactly, until_end
@@ -89,6 +90,29 @@ async def test_both_ways(sockets):
 
 
 # Every order of ends
+
+
+async def test_beside_an_interactive_stream_bulk_is_read_in_smaller_pieces():
+    transport = SocketTransport.__new__(SocketTransport)
+    transport.read_size = READ_SIZE
+
+    async def read_after(joint, size, *, hurried):
+        joint._stream._mux.flight.tight = hurried
+        joint.local_data(bytes(size))
+        return transport.read_size
+
+    async with memory_stream_pair() as (a, b):
+        joint = Splice()
+        joint.attach(a.detach())
+        joint.transport = transport
+        joint._stream._mux.flight.on_interactive(0.0)
+        assert await read_after(joint, 100, hurried=True) == READ_SIZE
+        assert await read_after(joint, PAYLOAD, hurried=True) == PAYLOAD
+        assert await read_after(joint, 100, hurried=False) == PAYLOAD
+        assert await read_after(joint, PAYLOAD, hurried=False) == READ_SIZE
+        joint.transport = None
+        joint.local_lost(None)
+        b.reset()
 
 
 @asynccontextmanager

@@ -351,7 +351,7 @@ def test_flight_counts_and_estimates():
     assert flight.rate == pytest.approx(100_000)
     assert flight.cap(0.1) == int(2 * flight.rate * (flight.rtt_min + 0.002))
     flight.on_interactive(0.1)
-    assert flight.cap(0.1) == int(1.25 * flight.rate * (flight.rtt_min + 0.000_25))
+    assert flight.cap(0.1) == int(1.25 * flight.rate * (flight.rtt_min + 0.000_1))
     assert flight.frame_limit() == 4096
     flight.on_sent(10)
     flight.on_batch(1.0, limited=True)
@@ -361,6 +361,19 @@ def test_flight_counts_and_estimates():
     flight.on_batch(3.0, limited=True)
     flight.on_ack(12, 3.0)
     flight.assert_invariants()
+
+
+def test_beside_interactive_streams_bulk_fills_paths_and_no_queues_of_processes():
+    """A round trip of half a millisecond is two busy processes: the floor does there, and less of it than otherwise."""
+    flight = Flight(262_144)
+    flight.rate = 1e9
+    flight.on_interactive(0.0)
+    for rtt, cap in ((0.000_1, 196_608), (0.000_6, 200_000), (0.001, 1_000_000), (0.05, int(1.25 * 1e9 * 0.0501))):
+        flight.rtt_min = rtt
+        assert flight.cap(0.5) == pytest.approx(cap, abs=1)
+    assert flight.tight
+    assert flight.cap(1.5) == pytest.approx(int(1.25 * 1e9 * 0.0501)) and not flight.tight  # told by now, and over
+    assert flight.cap(1.5) == pytest.approx(2 * 1e9 * 0.052)
 
 
 def test_acks_that_come_together_prove_no_speed():

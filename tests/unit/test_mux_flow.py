@@ -75,6 +75,23 @@ def test_ten_thousand_streams():
     pair.assert_empty()
 
 
+def test_beside_an_interactive_stream_bulk_goes_in_smaller_batches():
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    bulk, _ = pair.open()
+    talk, _ = pair.open()
+    mux = pair.client.mux
+    bulk.write(b"x" * 300 * KIB)
+    assert len(mux.data_to_send(pair.now)) > 200 * KIB and not bulk.hurried
+    bulk.write(b"x" * 300 * KIB)
+    talk.write(b"y")
+    mux.data_to_send(pair.now)
+    assert bulk.hurried and talk.hurried
+    bulk.write(b"x" * 300 * KIB)
+    mux.flight.in_flight = 0  # all of it has arrived
+    assert 64 * KIB <= len(mux.data_to_send(pair.now)) < 2 * 64 * KIB
+    assert len(mux.data_to_send(pair.now, KIB)) < 2 * 64 * KIB
+
+
 def test_idle_streams_hold_no_buffers():
     pair = Pair()
     ours, _ = pair.open()
