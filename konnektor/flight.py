@@ -8,7 +8,7 @@ at most ``cap`` bytes unacknowledged:
 
 or, while an interactive stream is active, because then delay matters more:
 
-    cap = max(3/4 floor, rate * min(tighter gain * (rtt_min + tighter slack), gain * (rtt_min - turns)))
+    cap = max(floor, rate * min(tighter gain * (rtt_min + tighter slack), gain * (rtt_min - turns)))
 
 A round trip of less than ``turns`` is no path but what two busy processes take to answer, and there the floor does:
 bulk gives up a fifth of its rate, and what is in a hurry waits half as long. From 1 ms on the path is filled.
@@ -281,10 +281,9 @@ class Flight:
             self.tight = now - self._interactive_at < INTERACTIVE_FOR
             rtt = self.rtt_min
             cap = int(self.rate * min(GAIN_TIGHT * (rtt + SLACK_TIGHT), GAIN_LOOSE * (rtt - TURNS)))
-            floor = self._floor - (self._floor >> 2)
         else:
-            cap, floor = int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE)), self._floor
-        return cap if cap > floor else floor
+            cap = int(GAIN_LOOSE * self.rate * (self.rtt_min + SLACK_LOOSE))
+        return cap if cap > self._floor else self._floor
 
     def frame_limit(self) -> int:
         """Largest DATA payload worth sending: about 8 ms of the rate, at least ``FRAME_FLOOR``."""
