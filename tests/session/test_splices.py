@@ -93,26 +93,28 @@ async def test_both_ways(sockets):
 
 
 async def test_beside_an_interactive_stream_bulk_is_read_in_smaller_pieces():
-    transport = SocketTransport.__new__(SocketTransport)
-    transport.read_size = READ_SIZE
-
-    async def read_after(joint, size, *, hurried):
-        joint._stream._mux.flight.tight = hurried
-        joint.local_data(bytes(size))
-        return transport.read_size
-
     async with memory_stream_pair() as (a, b):
-        joint = Splice()
-        joint.attach(a.detach())
-        joint.transport = transport
-        joint._stream._mux.flight.on_interactive(0.0)
-        assert await read_after(joint, 100, hurried=True) == READ_SIZE
-        assert await read_after(joint, PAYLOAD, hurried=True) == PAYLOAD
-        assert await read_after(joint, 100, hurried=False) == PAYLOAD
-        assert await read_after(joint, PAYLOAD, hurried=False) == READ_SIZE
-        joint.transport = None
-        joint.local_lost(None)
+        outer, inner = tcp_socketpair()
+        ended = asyncio.Event()
+        stream = a.detach()
+        flight = stream._mux.flight
+        joint = Splice(on_closed=ended.set)
+        joint.on_connected = lambda _transport: joint.attach(stream)
+        transport = SocketTransport(inner, joint.local)
+
+        def read_after(size, *, hurried):
+            flight.tight = hurried
+            joint.local_data(bytes(size))
+            return transport.read_size
+
+        assert read_after(100, hurried=True) == READ_SIZE
+        assert read_after(PAYLOAD, hurried=True) == PAYLOAD
+        assert read_after(100, hurried=False) == PAYLOAD
+        assert read_after(PAYLOAD, hurried=False) == READ_SIZE
+        outer.close()
         b.reset()
+        transport.abort()
+        await ended.wait()
 
 
 @asynccontextmanager
