@@ -20,11 +20,7 @@ from typing import Final, cast
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
 from konnektor.socket_transport import READ_SIZE, SocketTransport
-from konnektor.states import (
-    RECEIVING_ENDED,
-    SENDING_OPEN,
-    SENDING_UNSENT,
-)
+from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Inbox, Stream
 
 __all__ = ["Splice", "join", "splice"]

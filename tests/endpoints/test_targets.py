@@ -1,7 +1,6 @@
 """Targets that are addresses: dialed without a task, at once or by callbacks."""
 
 import asyncio
-import socket
 
 import pytest
 
@@ -9,6 +8,7 @@ import konnektor as kk
 import konnektor.targets
 from konnektor.targets import begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
+from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
 
 
@@ -151,13 +151,6 @@ async def test_clients_have_the_options_of_their_listener(certs):
         await until(lambda: echo.made)
         (transport,) = t.plane._clients._here
         client = transport.get_extra_info("socket")
-        for level, option, value in (
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-        ):
-            assert client.getsockopt(level, option) == value
+        assert_options(client)
         writer.close()
         await writer.wait_closed()

@@ -59,6 +59,18 @@ class Authority:
         self.server = TLSFiles(ca, plane.cert, plane.key).server_context()
 
 
+def assert_options(sock):
+    """What every TCP socket of an endpoint has: no delay for small writes, and a dead peer noticed after a minute."""
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ):
+        assert sock.getsockopt(level, option) == value
+
+
 def tcp_socketpair():
     """Two connected TCP sockets on loopback, with buffers that a test can fill."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

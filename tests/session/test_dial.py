@@ -30,6 +30,7 @@ from konnektor.errors import (
     UnreachableError,
 )
 from konnektor.policy import AllowList, parse_allow
+from tests.session.pairs import assert_options
 
 
 @contextmanager
@@ -136,14 +137,7 @@ async def test_a_dialed_socket_is_ready_for_use(host: str) -> None:
     with listening("127.0.0.1" if host == "localhost" else host) as port, await dial(host, port) as sock:
         assert sock.getpeername()[1] == port
         assert not sock.getblocking()
-        for level, option, value in (
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-        ):
-            assert sock.getsockopt(level, option) == value
+        assert_options(sock)
 
 
 async def test_options_that_a_platform_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
