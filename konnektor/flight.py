@@ -46,6 +46,7 @@ GAIN_TIGHT: Final = 1.25
 TURNS: Final = 0.000_5
 GAIN_LOOSE: Final = 2.0
 INTERACTIVE_FOR: Final = 1.0
+"""Seconds within which a small stream beside bulk is served twice while it is active."""
 
 REMEMBERED: Final = 20
 """Clean PINGs: on a busy machine most of them take longer than the path does."""
@@ -177,9 +178,12 @@ class Flight:
         self._batches.append((self.sent, now, self.delivered, self._acked_at, self._first_sent_at, limited))
 
     def on_interactive(self, now: float) -> None:
-        """A small stream was served while bulky ones waited."""
+        """A small stream was served while bulky ones waited.
+
+        Once proves nothing: by then it was served. Bulk gives way for the sake of those that follow.
+        """
+        self.tight = now - self._interactive_at < INTERACTIVE_FOR
         self._interactive_at = now
-        self.tight = True
 
     def pause_wanted(self, now: float) -> bool:
         """Whether bulk should pause until little is in flight, so that a PING can measure the path itself.

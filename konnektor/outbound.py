@@ -30,7 +30,7 @@ from konnektor.frames import (
     data_header,
 )
 from konnektor.mux_stream import MuxStream
-from konnektor.scheduler import FRESH
+from konnektor.scheduler import FRESH, IDLE
 from konnektor.states import (
     EVENT_DO_FINISH,
     EVENT_SENT_END,
@@ -340,8 +340,7 @@ class Outbound:
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)
-            if stream.place == FRESH and scheduler.contended:
-                interactive = True
+            hurried = stream.place == FRESH and scheduler.contended
             sending = stream.sending
             if sending is not SENDING_OPEN and sending is not SENDING_FINISHING:
                 scheduler.finish(stream, 0, now)
@@ -386,6 +385,9 @@ class Outbound:
                 scheduler.charge(stream, frame_size, now)
             else:
                 scheduler.finish(stream, frame_size, now)
+            if hurried and stream.place == IDLE:
+                # All it had: the beginning of something bulky is as much ahead, and no reason to hold others back.
+                interactive = True
             if stream.room_wanted and stream.queued <= stream.low_water:
                 stream.room_wanted = False
                 stream.sink.writable()

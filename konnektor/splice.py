@@ -19,14 +19,15 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import READ_SIZE, SocketTransport
+from konnektor.socket_transport import SocketTransport
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Inbox, Stream
 
 __all__ = ["Splice", "join", "splice"]
 
 QUEUE_HIGH: Final = 4 * PAYLOAD
-"""Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap."""
+"""Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap. As many are read at
+once: a few bytes more, and every read would leave a crumb that goes as a frame of its own."""
 QUEUE_LOW: Final = 2 * PAYLOAD
 LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
@@ -84,6 +85,8 @@ class Splice:
         inbox = stream.sink
         self._stream = stream
         stream.sink = self
+        if isinstance(self.transport, SocketTransport):
+            self.transport.read_size = QUEUE_HIGH
         if isinstance(inbox, Inbox):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
@@ -162,7 +165,7 @@ class Splice:
         stream.write(data)
         if len(data) >= PAYLOAD and isinstance(self.transport, SocketTransport):
             # Bulk. Who is in a hurry waits for as long as it takes to read and to write what is read in one go.
-            self.transport.read_size = PAYLOAD if stream.hurried else READ_SIZE
+            self.transport.read_size = PAYLOAD if stream.hurried else QUEUE_HIGH
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
             self.transport.pause_reading()
             stream.want_room(QUEUE_LOW)

@@ -17,7 +17,7 @@ import pytest
 import konnektor as kk
 from konnektor.errors import StreamClosedError
 from konnektor.mux import PAYLOAD
-from konnektor.socket_transport import READ_SIZE, SocketTransport
+from konnektor.socket_transport import SocketTransport
 from konnektor.splice import QUEUE_HIGH, Splice, splice
 from konnektor.stream_types import Tcp
 from tests.session.check_stream import exactly, until_end
@@ -107,10 +107,10 @@ async def test_beside_an_interactive_stream_bulk_is_read_in_smaller_pieces():
             joint.local_data(bytes(size))
             return transport.read_size
 
-        assert read_after(100, hurried=True) == READ_SIZE
+        assert read_after(100, hurried=True) == QUEUE_HIGH
         assert read_after(PAYLOAD, hurried=True) == PAYLOAD
         assert read_after(100, hurried=False) == PAYLOAD
-        assert read_after(PAYLOAD, hurried=False) == READ_SIZE
+        assert read_after(PAYLOAD, hurried=False) == QUEUE_HIGH
         outer.close()
         b.reset()
         transport.abort()

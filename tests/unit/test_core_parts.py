@@ -350,6 +350,8 @@ def test_flight_counts_and_estimates():
     flight.on_ack(10, 0.1)
     assert flight.rate == pytest.approx(100_000)
     assert flight.cap(0.1) == int(2 * flight.rate * (flight.rtt_min + 0.002))
+    flight.on_interactive(0.05)
+    assert not flight.tight  # once is over, and may stay the only time
     flight.on_interactive(0.1)
     assert flight.cap(0.1) == int(1.25 * flight.rate * (flight.rtt_min + 0.000_1))
     assert flight.frame_limit() == 4096
@@ -367,6 +369,7 @@ def test_beside_interactive_streams_bulk_fills_paths_and_no_queues_of_processes(
     """A round trip of half a millisecond is two busy processes: the floor does there."""
     flight = Flight(262_144)
     flight.rate = 1e9
+    flight.on_interactive(-0.5)
     flight.on_interactive(0.0)
     for rtt, cap in ((0.000_1, 262_144), (0.000_6, 262_144), (0.001, 1_000_000), (0.05, int(1.25 * 1e9 * 0.0501))):
         flight.rtt_min = rtt

@@ -82,14 +82,29 @@ def test_beside_an_interactive_stream_bulk_goes_in_smaller_batches():
     mux = pair.client.mux
     bulk.write(b"x" * 300 * KIB)
     assert len(mux.data_to_send(pair.now)) > 200 * KIB and not bulk.hurried
-    bulk.write(b"x" * 300 * KIB)
-    talk.write(b"y")
-    mux.data_to_send(pair.now)
-    assert bulk.hurried and talk.hurried
+    for again in (False, True):
+        bulk.write(b"x" * 300 * KIB)
+        talk.write(b"y")
+        mux.flight.in_flight = 0  # all of it has arrived
+        mux.data_to_send(pair.now)
+        assert bulk.hurried == talk.hurried == again
     bulk.write(b"x" * 300 * KIB)
     mux.flight.in_flight = 0  # all of it has arrived
     assert 64 * KIB <= len(mux.data_to_send(pair.now)) < 2 * 64 * KIB
     assert len(mux.data_to_send(pair.now, KIB)) < 2 * 64 * KIB
+
+
+def test_what_begins_bulky_is_ahead_once_and_no_interactive_stream():
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    mux = pair.client.mux
+    bulk, *others = [pair.open()[0] for _ in range(4)]
+    bulk.write(b"x" * 300 * KIB)
+    for other in others:
+        bulk.write(b"x" * 300 * KIB)
+        other.write(b"x" * 300 * KIB)
+        mux.flight.in_flight = 0  # all of it has arrived
+        assert mux.data_to_send(pair.now)
+        assert not bulk.hurried
 
 
 def test_idle_streams_hold_no_buffers():

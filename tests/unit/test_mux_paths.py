@@ -163,8 +163,7 @@ def test_streams_that_stall_slow_no_other(grown):
 @pytest.mark.parametrize("back", [False, True])
 def test_small_requests_beside_bulk_wait_for_what_the_cap_allows(back):
     _, link = linked(0.010, 20e6)
-    for _ in range(16):
-        ours, theirs = link.open()
+    for ours, theirs in [link.open() for _ in range(16)]:
         (theirs if back else ours).write()
     link.run(1)
     took = sorted(ask(link, 500))
