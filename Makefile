@@ -11,6 +11,8 @@ REPEATS ?= 3
 # What is profiled, all of it by default: make profile CASES=up,requests
 CASES ?=
 CUTS ?= 200
+# How often the property tests run at night, a thousand new examples each time.
+RUNS ?= 10
 FUZZ ?= decoder sessions
 FUZZ_SECONDS ?= 60
 # The files of the pure core, as pyproject.toml lists them: tests/unit and tests/property cover their every branch.
@@ -38,7 +40,10 @@ check: $(READY) ## lint, formatting, types, and the rings of imports
 	$(BIN)/lint-imports
 
 nightly: $(READY) ## the property tests with thousands of examples, and the tests that are slow (an hour)
-	$(BIN)/pytest tests/property --hypothesis-profile nightly --timeout 7200
+	@for run in $$(seq $(RUNS)); do \
+		echo "Run $$run of $(RUNS) of the property tests:"; \
+		$(BIN)/pytest tests/property --hypothesis-profile nightly --timeout 1800 || exit; \
+	done
 	$(BIN)/pytest tests -m slow
 
 fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECONDS (60) each; FUZZ="decoder" names one
