@@ -123,7 +123,9 @@ def test_examples_that_end_by_themselves(script, output, tmp_path):
     done = subprocess.run(
         [*PYTHON, EXAMPLES / script], cwd=tmp_path, capture_output=True, text=True, timeout=WITHIN, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    # Where a command is killed in the moment in which it ends, asyncio may reap it twice, and says so.
+    complaints = [line for line in done.stderr.splitlines() if not line.startswith("Unknown child process pid")]
+    assert (done.returncode, complaints) == (0, [])
     assert done.stdout.splitlines() == output
 
 

@@ -45,18 +45,30 @@ def listening(host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
 @contextmanager
 def silent(*hosts: str) -> Iterator[int]:
     """One port at several addresses that never answers: each listener's backlog is full."""
-    with ExitStack() as stack:
-        port = 0
-        for host in hosts:
-            listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-            listener.bind((host, port))
-            listener.listen(0)
-            port = listener.getsockname()[1]
-            for _ in range(2):  # Linux accepts one more than the backlog
-                filler = stack.enter_context(socket.socket(listener.family))
-                filler.setblocking(False)
-                filler.connect_ex((host, port))
-        yield port
+    while True:
+        with ExitStack() as stack:
+            try:
+                port = _occupied(stack, hosts)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue  # free at one address, and not at another
+            yield port
+            return
+
+
+def _occupied(stack: ExitStack, hosts: tuple[str, ...]) -> int:
+    port = 0
+    for host in hosts:
+        listener = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+        listener.bind((host, port))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        for _ in range(2):  # Linux accepts one more than the backlog
+            filler = stack.enter_context(socket.socket(listener.family))
+            filler.setblocking(False)
+            filler.connect_ex((host, port))
+    return port
 
 
 def unused_port(host: str = "127.0.0.1") -> int:
