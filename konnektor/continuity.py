@@ -24,6 +24,7 @@ from konnektor.errors import (
 )
 from konnektor.frames import Resume
 from konnektor.reconnection import Reconnection
+from konnektor.resumption import NO_SUCH_SESSION
 
 if TYPE_CHECKING:
     from konnektor.session import Session
@@ -71,7 +72,9 @@ class Continuity:
 
     # The client's side
 
-    async def resume(self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None) -> None:
+    async def resume(
+        self, sock: socket.socket, tls: ssl.SSLContext | None, server_name: str | None, instead: Session | None
+    ) -> None:
         """See ``Session.resume``."""
         session = self._session
         if not session.suspended or self._reconnection is not None:
@@ -80,7 +83,7 @@ class Continuity:
                 raise SessionClosedError("the session is closed")
             why = "not suspended" if not session.suspended else "being resumed already"
             raise LocalProtocolError(f"the session is {why}")
-        self._reconnection = Reconnection(session, self)
+        self._reconnection = Reconnection(session, self, instead)
         try:
             await self._reconnection.run(sock, tls, server_name)
         finally:
@@ -123,7 +126,10 @@ class Continuity:
         if found is not None and granted and not found.suspended:
             found._continuity.suspend("the peer came back over another connection")
         if found is None or not granted or not found.suspended:  # it may just have ended, as draining ones do
-            session._mux.close(Code.RESUME_REFUSED, "no such session")
+            if session._mux.resumption.begin_afresh():
+                session.log.info("the session that the peer would resume is not here; this one begins")
+            else:
+                session._mux.close(Code.RESUME_REFUSED, NO_SUCH_SESSION)
             return
         driver, session._driver = session._driver, Driver(session._connected, session._connection_lost)
         session._driver.mux = session._mux
@@ -144,6 +150,12 @@ class Continuity:
         driver.hand_over(session._connected, session._connection_lost, session._mux)
         session.remote_address = transport.get_extra_info("peername")
         session.ssl_object = transport.get_extra_info("ssl_object")
+
+    def begin(self, driver: Driver) -> None:
+        """Begins on a connection that was made for another session, with the HELLO that comes next."""
+        self.adopt(driver)
+        assert driver.transport is not None
+        self._session._connected(driver.transport)
 
     def go_on(self) -> None:
         """The session has gone on, over the connection that was adopted."""

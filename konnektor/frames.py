@@ -149,6 +149,7 @@ class HelloTLV(IntEnum):
     SESSION_ID = 11
     RESUME_KEY = 12
     RESUME_INTENT = 13
+    AFRESH = 14
 
 
 class OpenTLV(IntEnum):

@@ -243,7 +243,7 @@ class Inbound:
         if HelloTLV.RESUME_INTENT in frame.tlvs:
             if mux.role == "client":
                 raise ProtocolError("RESUME_INTENT in a server's HELLO")
-            mux.resumption.intended(frame.nonce)
+            mux.resumption.intended(frame)
             return
         mux.established_with(Settings.from_tlvs(frame.tlvs), Ticket.from_tlvs(frame.tlvs))
 

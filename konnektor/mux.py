@@ -597,7 +597,7 @@ class Mux:
                 defect = defect or raised
         self.awake = False
         if close is not None:
-            self._close_frame = close.encode()
+            self._close_frame = (self.resumption.refusal or close).encode()
             self.wake()
         self.handler.session_closed(error)
         if defect is not None:

@@ -107,16 +107,17 @@ class Outbound:
     """The sending side of one session.
 
     Attributes:
+        hello_sent: HELLO went out, and is not due again.
         streams_due: a STREAMS is worth sending.
         lossy: which parts of the latest batch are datagrams: they are not sent again.
         due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hello_sent", "_hints", "_mux", "_waiting", "due", "lossy", "streams_due")
+    __slots__ = ("_hints", "_mux", "_waiting", "due", "hello_sent", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
-        self._hello_sent = False
+        self.hello_sent = False
         self.streams_due = False
         self.lossy: list[int] = []
         self.due = math.inf
@@ -145,7 +146,7 @@ class Outbound:
             self.lossy.clear()
         if not mux.may_speak:
             return False
-        size = 0 if self._hello_sent else self._hello(parts)
+        size = 0 if self.hello_sent else self._hello(parts)
         if resumption.rejoining:
             return False
         if resumption.greeting:
@@ -190,7 +191,7 @@ class Outbound:
 
     def _hello(self, parts: list[Buffer]) -> int:
         """HELLO, once."""
-        self._hello_sent = True
+        self.hello_sent = True
         nonce = self._mux.nonce
         tlvs = self._mux.settings.to_tlvs()
         # One reserved id, different each time, so that peers learn to skip what they do not know.

@@ -28,13 +28,18 @@ __all__ = ["Reconnection"]
 
 
 class Reconnection:
-    """A connection on its way to becoming the session's; what ``Rejoin`` reports to."""
+    """A connection on its way to becoming the session's; what ``Rejoin`` reports to.
 
-    def __init__(self, session: Session, continuity: Continuity) -> None:
+    Args:
+        instead: gets the connection if the server has the session no more.
+    """
+
+    def __init__(self, session: Session, continuity: Continuity, instead: Session | None) -> None:
         self._session = session
         self._continuity = continuity
+        self._instead = instead
         self._driver = Driver(self._connected, self._lost)
-        self._rejoin = Rejoin(session._mux, self, os.urandom(32))
+        self._rejoin = Rejoin(session._mux, self, os.urandom(32), None if instead is None else instead._mux)
         self._driver.mux = self._rejoin
         self._done: asyncio.Future[None] = session.loop.create_future()
         self._reason: Exception | None = None
@@ -53,8 +58,10 @@ class Reconnection:
                 raise self._rejoin.error
         except BaseException as error:
             if self._driver.mux is not self._rejoin:
-                if isinstance(error, TimeoutError):
-                    return  # a moment too late: the session has gone on
+                if isinstance(error, TimeoutError):  # a moment too late
+                    if self._rejoin.error is None:
+                        return
+                    raise self._rejoin.error from None
                 raise
             self._driver.detach()
             if session.closed and isinstance(error, OSError | SessionError):
@@ -90,6 +97,16 @@ class Reconnection:
         """The session goes on."""
         self._continuity.adopt(self._driver)
         self._continuity.go_on()
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def began_afresh(self) -> None:
+        """Another session goes on in its place."""
+        error, instead = self._rejoin.error, self._instead
+        assert isinstance(error, ResumeRefusedError)
+        assert instead is not None
+        self._continuity.refused(error)
+        instead._continuity.begin(self._driver)
         if not self._done.done():
             self._done.set_result(None)
 

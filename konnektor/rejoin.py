@@ -5,6 +5,10 @@ its own. RESUME proves that this is the session's client and says how much of th
 proves the same of the server. From there the connection is the multiplexer's. Nothing else may be said
 before; a refusal is a CLOSE, and all refusals look alike.
 
+A server that has the session no more, after a restart say, may begin another on the same connection, if the client has one
+ready and says so (AFRESH): a second HELLO in place of RESUMED. A TLS handshake is most of what a connection costs, and after a
+restart all clients come at once.
+
 ``Rejoin`` stands in for the multiplexer at the driver, and has the methods the driver calls.
 """
 
@@ -13,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
-from konnektor.errors import ProtocolError, SessionError, VersionError, session_error
+from konnektor.errors import Code, ProtocolError, SessionError, VersionError, session_error
 from konnektor.frames import (
     HEADER,
     HEADER_SIZE,
@@ -21,6 +25,7 @@ from konnektor.frames import (
     Buffer,
     Close,
     Frame,
+    FrameType,
     Hello,
     HelloTLV,
     Resumed,
@@ -28,6 +33,7 @@ from konnektor.frames import (
     decode,
 )
 from konnektor.mux import Mux
+from konnektor.resumption import NO_SUCH_SESSION
 
 __all__ = ["Rejoin", "RejoinHandler"]
 
@@ -40,6 +46,9 @@ class RejoinHandler(Protocol):
 
     def rejoined(self) -> None:
         """The multiplexer goes on: what comes next is for it."""
+
+    def began_afresh(self) -> None:
+        """The session is lost, and the multiplexer that was ready in its place goes on: what comes next is for that."""
 
     def rejoin_failed(self, error: SessionError) -> None:
         """Not over this connection (the session may try another), or, with a ResumeRefusedError, never again.
@@ -54,10 +63,12 @@ class Rejoin:
     Args:
         mux: suspended.
         nonce: 32 random bytes.
+        instead: new, for a session that may begin if this one is not to be had.
     """
 
     __slots__ = (
         "_handler",
+        "_instead",
         "_mux",
         "_nonce",
         "_nonces",
@@ -68,12 +79,15 @@ class Rejoin:
         "pause_reading_until",
     )
 
-    def __init__(self, mux: Mux, handler: RejoinHandler, nonce: bytes) -> None:
+    def __init__(self, mux: Mux, handler: RejoinHandler, nonce: bytes, instead: Mux | None = None) -> None:
         self._mux = mux
         self._handler = handler
+        self._instead = instead
         self._nonce = nonce
         self._nonces = b""
         tlvs = {**mux.settings.to_tlvs(), int(HelloTLV.RESUME_INTENT): b""}
+        if instead is not None:
+            tlvs = {**instead.settings.to_tlvs(), int(HelloTLV.RESUME_INTENT): b"", int(HelloTLV.AFRESH): b""}
         self._outgoing = Hello(VERSION, VERSION, nonce, tlvs).encode()
         self.awake = True
         self.hello_received = False
@@ -92,7 +106,7 @@ class Rejoin:
         return [outgoing] if outgoing else []
 
     def receive(self, data: Buffer, now: float) -> int:
-        """Takes in whole frames, RESUMED at the most; what follows it is the multiplexer's."""
+        """Takes in whole frames, RESUMED at the most; what follows it is the multiplexer's, and so is a second HELLO."""
         view = memoryview(data)
         pos = 0
         try:
@@ -102,6 +116,11 @@ class Rejoin:
                 body = pos + HEADER_SIZE
                 if body + length > len(view):
                     break
+                if kind == FrameType.HELLO and self.hello_received and self._instead is not None:
+                    self.error = session_error(Code.RESUME_REFUSED, NO_SUCH_SESSION)
+                    self._instead.outbound.hello_sent = True
+                    self._handler.began_afresh()
+                    return pos
                 pos = body + length
                 frame = decode(kind, flags, stream_id, view[body:pos], self._mux.limits.max_frame)
                 if self._take(frame, now):

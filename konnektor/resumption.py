@@ -15,13 +15,17 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from konnektor.errors import Code, ProtocolError, SessionError, StreamError, stream_error
-from konnektor.frames import Resume, Resumed
+from konnektor.frames import Close, Hello, HelloTLV, Resume, Resumed
 from konnektor.replay import Replay, Ticket
+from konnektor.settings import Settings
 
 if TYPE_CHECKING:
     from konnektor.mux import Mux
 
-__all__ = ["Resumption", "unreachable"]
+__all__ = ["NO_SUCH_SESSION", "Resumption", "unreachable"]
+
+NO_SUCH_SESSION: Final = "no such session"
+"""Why a RESUME is refused, whatever the reason: who guesses learns nothing."""
 
 UNSETTLED_FOR: Final = 2.0
 """Seconds after which streams that the peer has not accepted fail, once the connection is broken."""
@@ -37,18 +41,22 @@ class Resumption:
         replaying: what is being sent again, frame after whole frame; None or empty if nothing is.
         suspended: the connection broke, and another may come.
         reason: how it broke, the last time.
-        rejoining: the peer wants to go on with another session over this connection: this one will never be.
+        rejoining: the peer wants to go on with another session over this connection: this one will never be, unless
+            the other is not to be had, and the peer takes this one instead.
         client_nonce: of the HELLO that said so.
+        refusal: what the peer is told in place of any other reason; None mostly.
         due: when ``check`` should be called.
     """
 
     __slots__ = (
         "_grace_ends",
+        "_instead",
         "_mux",
         "_settle_at",
         "client_nonce",
         "greeting",
         "reason",
+        "refusal",
         "rejoining",
         "replay",
         "replaying",
@@ -66,6 +74,8 @@ class Resumption:
         self.suspended = False
         self.rejoining = False
         self.client_nonce = b""
+        self._instead: tuple[Hello, Ticket | None] | None = None
+        self.refusal: Close | None = None
         self.reason = ""
         self._settle_at = math.inf
         self._grace_ends = math.inf
@@ -156,12 +166,32 @@ class Resumption:
 
     # The server's side
 
-    def intended(self, nonce: bytes) -> None:
-        """The client's HELLO says that RESUME follows: no session of its own comes of this connection."""
+    def intended(self, hello: Hello) -> None:
+        """The client's HELLO says that RESUME follows: no session of its own comes of this connection, or not yet."""
         self.rejoining = True
-        self.client_nonce = nonce
+        self.client_nonce = hello.nonce
+        self._instead = (hello, self.ticket) if HelloTLV.AFRESH in hello.tlvs else None
         self.ticket = None
         self._mux.wake()
+
+    def begin_afresh(self) -> bool:
+        """The session that RESUME names is not to be had. If the client said so, this one begins in its place; else False.
+
+        Raises:
+            ProtocolError: the client's settings are none.
+        """
+        if self._instead is None:
+            return False
+        (hello, self.ticket), self._instead = self._instead, None
+        self.rejoining = False
+        self._mux.outbound.hello_sent = False
+        settings = Settings.from_tlvs(hello.tlvs)
+        # Who is turned away now has still asked for the old session, and would go on asking. It hears that this is lost,
+        # comes again with a connection of its own, and hears the reason there.
+        self.refusal = Close(Code.RESUME_REFUSED, NO_SUCH_SESSION)
+        self._mux.established_with(settings, None)
+        self.refusal = None
+        return True
 
     def may_grant(self, frame: Resume, nonces: bytes) -> bool:
         """Whether a RESUME is from this session's client, made for this connection, new, and possible."""

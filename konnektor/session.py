@@ -239,12 +239,22 @@ class Session:
             raise
 
     async def resume(
-        self, sock: socket.socket, tls: ssl.SSLContext | None = None, server_name: str | None = None
+        self,
+        sock: socket.socket,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        *,
+        instead: Session | None = None,
     ) -> None:
         """Goes on over another connection to the same server; arguments as ``client``.
 
         For a session that is ``suspended``. Without success it stays so, and another attempt may be made, until
         ``limits.resume_grace`` is over; cancelled, too.
+
+        Args:
+            instead: a client's session without a connection. If the server has the old one no more (it was restarted,
+                say), this one may begin on the same connection, which spares a second TLS handshake. Then it is
+                up, or soon will be (``wait_established``), when ResumeRefusedError is raised.
 
         Raises:
             HandshakeError: not over this connection; its ``__cause__`` says why.
@@ -252,7 +262,7 @@ class Session:
             SessionClosedError: it was over before, or ended meanwhile.
             LocalProtocolError: it is not suspended, or another attempt is under way.
         """
-        await self._continuity.resume(sock, tls, server_name)
+        await self._continuity.resume(sock, tls, server_name, instead)
 
     def protocol(self) -> Driver:
         """The asyncio protocol of the session, for a server's protocol factory."""

@@ -7,7 +7,8 @@ import logging
 import math
 import random
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Final
 
 from konnektor.addresses import canonical_host, format_hostport, parse_hostport
@@ -127,6 +128,8 @@ class Worker(Endpoint):
             features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
         self._sessions: dict[tuple[str, int], Session] = {}
+        self._begun: dict[tuple[str, int], Session] = {}
+        """Up, and not among the others yet."""
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
 
@@ -172,6 +175,9 @@ class Worker(Endpoint):
     def _leave(self, *, drain: bool) -> None:
         for task in self._links:
             task.cancel()
+        while self._begun:
+            address, session = self._begun.popitem()
+            self._add(session, address)
         super()._leave(drain=drain)
 
     # Sessions
@@ -226,6 +232,8 @@ class Worker(Endpoint):
             await self._changes.wait_for(lambda: session.closed or session.draining)  # noqa: B023 - awaited here
             if loop.time() - since > CALM:
                 backoff.reset()
+            if address in self._begun:
+                continue
             if session.closed or not backoff.fresh:
                 await asyncio.sleep(backoff.next())
             else:
@@ -247,12 +255,18 @@ class Worker(Endpoint):
                 # attempts that fail make it longer, for streams have 2 s to be accepted on a path that comes and goes.
                 await asyncio.sleep(backoff.next())
             backoff.fresh = False
+            instead = None
             try:
                 sock = await self._dial(address, peer)
-                await session.resume(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
+                if not (self._once or self._leaving or session.draining):
+                    instead = self._session(peer, partial(self._begin, address))
+                context = with_alerts(self._context.get(), sock)
+                await session.resume(sock, context, self._server_name or address[0], instead=instead)
                 since = loop.time()
                 backoff.reset()
             except ResumeRefusedError as error:
+                if instead is not None and instead.peer_settings is not None:
+                    continue
                 logger.warning("%s no longer knows the session; starting afresh (%s)", peer, error)
             except KonnektorError as error:
                 if session.suspended:
@@ -277,6 +291,21 @@ class Worker(Endpoint):
         """
         where = format_hostport(*address)
         peer = f"the control plane at {where}"
+        session = self._begun.pop(address, None)
+        sock = await self._dial(address, peer) if session is None else None
+        try:
+            if session is None:
+                assert sock is not None
+                session = self._session(peer)
+                await session.connect(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
+            await session.wait_established()
+        except HandshakeError as error:
+            raise HandshakeError(explain(error.__cause__, peer)) from error
+        self._add(session, address)
+        return session
+
+    def _session(self, peer: str, check_hello: Callable[[Session], None] | None = None) -> Session:
+        """A new one, without a connection."""
 
         def check_peer(session: Session) -> None:
             assert session.ssl_object is not None
@@ -284,20 +313,24 @@ class Worker(Endpoint):
                 session.ssl_object, Role.CONTROL_PLANE, trust_domain=self.identity.trust_domain, peer=peer
             ).name
 
-        sock = await self._dial(address, peer)
-        try:
-            session = await Session.client(
-                sock,
-                tls=with_alerts(self._context.get(), sock),
-                server_name=self._server_name or address[0],
-                limits=self.limits,
-                handlers=self.handlers,
-                settings=self._settings,
-                check_peer=check_peer,
-                classify=self._priorities.of,
-            )
-        except HandshakeError as error:
-            raise HandshakeError(explain(error.__cause__, peer)) from error
+        return Session(
+            "client",
+            limits=self.limits,
+            handlers=self.handlers,
+            settings=self._settings,
+            check_peer=check_peer,
+            check_hello=check_hello,
+            classify=self._priorities.of,
+        )
+
+    def _begin(self, address: tuple[str, int], session: Session) -> None:
+        """On the connection that was to resume another, which the control plane has no more."""
+        self._begun[address] = session
+        logger.warning("%s no longer knows the session; starting afresh", session.peer_name)
+        self._changes.notify()
+
+    def _add(self, session: Session, address: tuple[str, int]) -> None:
+        where = format_hostport(*address)
         self._sessions[address] = session
         session.on_goaway = lambda _: self._changes.notify()
         session.on_ended = lambda _: self._changes.notify()
@@ -307,7 +340,6 @@ class Worker(Endpoint):
         self._live.add(session)
         _ = self._spawn(self._see_out(session, address))
         self._changes.notify()
-        return session
 
     def _suspended(self, session: Session, where: str) -> None:
         logger.warning("lost the connection to %s at %s; resuming the session", session.peer_name, where)

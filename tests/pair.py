@@ -148,7 +148,8 @@ class Side:
     # another connection
 
     def resume_requested(self, frame, nonces):
-        self.mux.close(Code.RESUME_REFUSED, "no such session")
+        if not self.mux.resumption.begin_afresh():
+            self.mux.close(Code.RESUME_REFUSED, "no such session")
 
     def lose(self):
         """The connection is gone, as this side sees it; what it had written may still arrive."""

@@ -49,6 +49,7 @@ local SETTINGS = {
     [11] = {"SESSION_ID", "session_id", "bytes"},
     [12] = {"RESUME_KEY", "resume_key", "bytes"},
     [13] = {"RESUME_INTENT", "resume_intent", "bytes"},
+    [14] = {"AFRESH", "afresh", "bytes"},
 }
 
 -- What a frame is made of: filter, kind and title of each field, in the order of the wire. The least and the greatest

@@ -19,6 +19,7 @@ from konnektor.driver import clock
 from konnektor.frames import Feature
 from konnektor.handshake import with_alerts
 from konnektor.session import Session
+from konnektor.settings import Settings
 from konnektor.testing import memory_session_pair
 from konnektor.worker import Backoff, Worker
 from tests.endpoints.parts import PATIENCE, black_hole, connection, proxied, target, until
@@ -323,10 +324,60 @@ async def test_another_control_plane_has_taken_over(certs, log):
             await stream.receive()
         assert (lost.value.sent, lost.value.received) == (5, 5)
         assert isinstance(t.client.error, kk.ResumeRefusedError)
-        await heir.wait_for("node-1")
+        session = await heir.wait_for("node-1")
         await stream.aclose()
-    assert any("no longer knows the session; starting afresh (" in line for line in log())
-    assert any(line.startswith("refused a connection") and "no such session" in line for line in log())
+        # On the connection that was to resume the old one: there was no other.
+        assert not any(line.startswith("refused a connection") for line in log())
+        await until(lambda: t.worker.sessions and t.worker.sessions[0] is not t.client)
+        assert await t.worker.sessions[0].ping() > 0
+        assert sum("starting afresh" in line for line in log()) == 1
+        # And it can be resumed as the old one could.
+        client = t.worker.sessions[0]
+        t.proxy.cut()
+        await until(lambda: session._continuity.resumed and client._continuity.resumed)
+        assert await client.ping() > 0
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_worker_that_is_closed_while_a_session_begins_afresh_leaves_none_behind(certs, turns, monkeypatch):
+    begin = Worker._begin
+    begun, closing = [], []
+
+    async def close(worker):
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await worker.aclose()
+
+    def and_close(worker, address, session):
+        begin(worker, address, session)
+        begun.append(session)
+        closing.append(asyncio.create_task(close(worker)))
+
+    monkeypatch.setattr(Worker, "_begin", and_close)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
+        await suspended(t)
+        t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
+        t.proxy.admit()
+        await until(lambda: closing)
+        await closing[0]
+        assert begun[0].closed and t.client.closed and not t.worker._begun
+        await until(lambda: heir.get("node-1") is None)
+
+
+async def test_a_worker_that_may_not_begin_afresh_hears_why_on_a_connection_of_its_own(certs, log):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
+        # Another process has the name by then.
+        sock = await dial(*parse_hostport(heir.address), within=PATIENCE)
+        settings = Settings.of(kk.Limits(), instance=b"another process.")
+        tls = with_alerts(certs.worker().client_context(), sock)
+        async with await Session.client(sock, tls=tls, server_name="127.0.0.1", settings=settings):
+            await heir.wait_for("node-1")
+            await suspended(t)
+            t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
+            t.proxy.admit()
+            await t.client.wait_closed()
+            assert isinstance(t.client.error, kk.ResumeRefusedError)
+            await until(lambda: any("another process is connected as node-1; trying again" in line for line in log()))
 
 
 async def test_the_grace_is_over_at_the_control_plane(certs):
