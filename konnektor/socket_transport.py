@@ -14,16 +14,17 @@ import os
 import socket
 import struct
 import termios
-import threading
 from typing import Any, Final, Protocol, cast
+
+from konnektor.poller import FAILED, READ, WRITE, poller_of
 
 __all__ = ["READ_SIZE", "SocketTransport"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
 
-ASK_AFTER: Final = 0.25
-"""Seconds after which a socket that was read is asked whether it has been reset since."""
+UNWATCHED: Final = -1
+"""The poller does not know the socket; 0 is a socket that is watched for nothing but its failure."""
 
 
 class _Protocol(Protocol):
@@ -64,39 +65,80 @@ class SocketTransport:
         "_buffered",
         "_closing",
         "_eof",
-        "_loop",
+        "_fd",
         "_lost",
+        "_poller",
         "_protocol",
         "_reading",
-        "_resets",
         "_sock",
         "_watched",
         "read_size",
     )
 
     def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._resets = _resets_of(self._loop)
+        self._poller = poller_of(asyncio.get_running_loop())
         self._sock = sock
+        self._fd = sock.fileno()
         self.set_protocol(protocol)
         self._buffer: bytearray | None = None
         self.read_size = READ_SIZE
         self._reading = True
-        self._watched = False
+        self._watched = UNWATCHED
         self._closing = False
         self._eof = False
         self._lost = False
         protocol.connection_made(cast(asyncio.Transport, self))
         if self._reading and not self._closing:
-            self._watch()
+            self._watch(READ)
+
+    # What the poller says, and what it is asked
+
+    def ready(self, events: int) -> None:
+        """The socket can be read or written, or has failed (poller.Pollable)."""
+        if self._buffer is not None and events != READ:
+            self._writable()
+        if self._reading:
+            if events != WRITE:
+                self._readable()
+        elif events & FAILED:
+            self._failed()
+        elif events & READ:
+            # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
+            self._watch(self._watched & ~READ)
+
+    def _failed(self) -> None:
+        """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does."""
+        try:
+            if not self._sock.recv(1, socket.MSG_PEEK) and (
+                # Behind an end that was read, recv() tells of nothing else.
+                code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            ):
+                raise OSError(code, os.strerror(code))
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self._break(error)
+        else:
+            self._unwatch()  # or it would be told for ever
+
+    def _watch(self, events: int) -> None:
+        watched = self._watched
+        if watched == events:
+            return
+        if watched == UNWATCHED:
+            self._poller.add(self._fd, self, events)
+        else:
+            self._poller.change(self._fd, events)
+        self._watched = events
+
+    def _unwatch(self) -> None:
+        if self._watched != UNWATCHED:
+            self._watched = UNWATCHED
+            self._poller.remove(self._fd)
 
     # Reading
 
     def _readable(self) -> None:
-        if not self._reading:
-            # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
-            self._unwatch()
-            return
         sock, protocol = self._sock, self._protocol
         try:
             if self._buffered:
@@ -112,33 +154,13 @@ class SocketTransport:
             return
         if not count:
             self._reading = False
-            self._unwatch()
+            self._watch(self._watched & ~READ)
             if not protocol.eof_received():
                 self.close()
-            return
-        resets = self._resets
-        if not resets.suspects:
-            resets.ask_soon()
-        resets.suspects.add(self)
-        if data:
+        elif data:
             protocol.data_received(data)
         else:
             protocol.buffer_updated(count)
-
-    def ask(self) -> None:
-        """Looks whether the socket has been reset."""
-        if not self._closing and (code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
-            self._break(OSError(code, os.strerror(code)))
-
-    def _watch(self) -> None:
-        if not self._watched:
-            self._watched = True
-            self._loop.add_reader(self._sock.fileno(), self._readable)
-
-    def _unwatch(self) -> None:
-        if self._watched:
-            self._watched = False
-            self._loop.remove_reader(self._sock.fileno())
 
     def is_reading(self) -> bool:
         return self._reading
@@ -150,7 +172,7 @@ class SocketTransport:
     def resume_reading(self) -> None:
         if not self._reading and not self._closing:
             self._reading = True
-            self._watch()
+            self._watch(READ if self._buffer is None else READ | WRITE)
 
     # Writing
 
@@ -169,7 +191,7 @@ class SocketTransport:
             return
         if count < len(data):
             self._buffer = bytearray(memoryview(data)[count:])
-            self._loop.add_writer(self._sock.fileno(), self._writable)
+            self._watch(WRITE if self._watched == UNWATCHED else self._watched | WRITE)
             self._protocol.pause_writing()
 
     def _writable(self) -> None:
@@ -186,10 +208,11 @@ class SocketTransport:
         if buffer:
             return
         self._buffer = None
-        self._loop.remove_writer(self._sock.fileno())
         if self._closing:
+            self._unwatch()
             self._lose(None)
             return
+        self._watch(self._watched & ~WRITE)
         if self._eof:
             self._shut_down()
         self._protocol.resume_writing()
@@ -226,9 +249,11 @@ class SocketTransport:
             return
         self._closing = True
         self._reading = False
-        self._unwatch()
         if self._buffer is None:
+            self._unwatch()
             self._lose(None)
+        else:
+            self._watch(WRITE)
 
     def abort(self) -> None:
         self._break(None)
@@ -237,22 +262,19 @@ class SocketTransport:
         self._closing = True
         self._reading = False
         self._unwatch()
-        if self._buffer is not None:
-            self._buffer = None
-            self._loop.remove_writer(self._sock.fileno())
+        self._buffer = None
         self._lose(error)
 
     def _lose(self, error: Exception | None) -> None:
         """``connection_lost``, once, and never inside the protocol's own call."""
         if not self._lost:
             self._lost = True
-            self._loop.call_soon(self._finish, error)
+            self._poller.loop.call_soon(self._finish, error)
 
     def _finish(self, error: Exception | None) -> None:
         try:
             self._protocol.connection_lost(error)
         finally:
-            self._resets.suspects.discard(self)
             self._sock.close()
 
     # What it is
@@ -271,40 +293,3 @@ class SocketTransport:
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = cast(_Protocol, protocol)
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
-
-
-class _Resets:
-    """The sockets of a loop that were read of late: asked, a moment later, whether they have been reset since.
-
-    uvloop tells of a reset once, and never again: if that was in the same breath as data, nothing more is heard of the
-    socket. To ask each time would cost a system call for each read.
-    """
-
-    __slots__ = ("loop", "suspects")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.suspects: set[SocketTransport] = set()
-
-    def ask_soon(self) -> None:
-        self.loop.call_later(ASK_AFTER, self._ask)
-
-    def _ask(self) -> None:
-        suspects, self.suspects = self.suspects, set()
-        for transport in suspects:
-            transport.ask()
-
-
-class _Local(threading.local):
-    resets: _Resets | None = None
-
-
-_local = _Local()
-
-
-def _resets_of(loop: asyncio.AbstractEventLoop) -> _Resets:
-    """A thread has one loop at a time."""
-    resets = _local.resets
-    if resets is None or resets.loop is not loop:
-        resets = _local.resets = _Resets(loop)
-    return resets

@@ -230,6 +230,75 @@ async def test_a_reset_is_reported_once(during):
         assert len([event for event in recorder.events if event[0] == "lost"]) == 1
 
 
+def reset(far):
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+
+
+async def told(monkeypatch, transport, *, within=0.05):
+    """How often the poller tells of the transport's socket while nothing happens to it."""
+    calls = []
+    ready = SocketTransport.ready
+    monkeypatch.setattr(SocketTransport, "ready", lambda self, events: (calls.append(events), ready(self, events)))
+    await asyncio.sleep(within)
+    monkeypatch.undo()
+    return len(calls)
+
+
+async def test_what_came_before_a_reset_is_read_though_reading_was_paused(monkeypatch):
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"the last")
+        reset(far)
+        assert await told(monkeypatch, transport) < 10
+        assert not transport.is_closing() and not recorder.received
+        transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"the last"
+        assert isinstance(error, ConnectionError)
+
+
+async def test_a_reset_with_nothing_left_to_read_is_noticed_while_reading_is_paused():
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        reset(far)
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionError)
+
+
+async def test_a_reset_after_the_end_is_noticed():
+    with joined(tcp=True) as (_, recorder, far):
+        far.shutdown(socket.SHUT_WR)
+        await recorder.until("eof")
+        reset(far)
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionError)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
+async def test_closed_by_both_ends_is_not_told_for_ever(tcp, paused, monkeypatch):
+    with joined(tcp=tcp) as (transport, recorder, far):
+        if paused:
+            transport.pause_reading()
+        far.send(b"the last")
+        transport.write_eof()
+        far.close()
+        assert await told(monkeypatch, transport) < 10
+        assert not transport.is_closing()
+        transport.resume_reading()
+        await recorder.until("eof")
+        assert recorder.received == b"the last"
+        assert await told(monkeypatch, transport) < 10
+
+
+async def test_paused_over_data_is_not_told_for_ever(monkeypatch):
+    with joined() as (transport, _, far):
+        transport.pause_reading()
+        far.send(b"waits")
+        assert await told(monkeypatch, transport) < 10
+
+
 async def test_what_it_is():
     with joined(tcp=True) as (transport, recorder, far):
         assert transport.get_extra_info("peername") == far.getsockname()

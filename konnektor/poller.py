@@ -1,0 +1,106 @@
+"""Which of many plain sockets are ready, by one epoll of their own: the event loop sees that and none of them.
+
+To a loop each socket is an object and, on uvloop, six calls of epoll_ctl from its first ``add_reader`` to its end. It also
+hears of a reset once and never again, if that comes in the same breath as data. Here a socket costs one entry and two
+calls, and epoll is level-triggered: what was not dealt with is told again (epoll(7)).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import threading
+from typing import Final, Protocol
+
+__all__ = ["FAILED", "READ", "WRITE", "Pollable", "Poller", "poller_of"]
+
+READ: Final = select.EPOLLIN
+WRITE: Final = select.EPOLLOUT
+FAILED: Final = select.EPOLLERR | select.EPOLLHUP
+"""Told whether it is asked for or not."""
+
+AT_ONCE: Final = 256
+"""Sockets that are served before the loop has its turn."""
+
+
+class Pollable(Protocol):
+    """Whoever has a socket that is watched."""
+
+    def ready(self, events: int, /) -> None:
+        """What the socket is ready for. May be told too much: the number may have been another socket's a moment ago."""
+
+
+class Poller:
+    """The watched sockets of one loop. It has a descriptor only while there are any."""
+
+    __slots__ = ("_epoll", "_pollables", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._epoll: select.epoll | None = None
+        self._pollables: dict[int, Pollable] = {}
+
+    def add(self, fd: int, pollable: Pollable, events: int) -> None:
+        """Watches a socket from now on.
+
+        Raises:
+            OSError: there are no more descriptors, or watches, to be had.
+        """
+        epoll = self._epoll
+        if epoll is None:
+            epoll = self._epoll = select.epoll()
+            self.loop.add_reader(epoll.fileno(), self._ready)
+        self._pollables[fd] = pollable
+        try:
+            epoll.register(fd, events)
+        except BaseException:
+            self._forget(fd)
+            raise
+
+    def change(self, fd: int, events: int) -> None:
+        """Watches it for these events instead."""
+        assert self._epoll is not None
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Watches it no more; before it is closed."""
+        assert self._epoll is not None
+        self._epoll.unregister(fd)
+        self._forget(fd)
+
+    def _forget(self, fd: int) -> None:
+        del self._pollables[fd]
+        epoll = self._epoll
+        if epoll is not None and not self._pollables:
+            self.loop.remove_reader(epoll.fileno())
+            epoll.close()
+            self._epoll = None
+
+    def _ready(self) -> None:
+        epoll, pollables = self._epoll, self._pollables
+        assert epoll is not None
+        for fd, events in epoll.poll(0, AT_ONCE):
+            pollable = pollables.get(fd)
+            if pollable is not None:
+                try:
+                    pollable.ready(events)
+                except Exception as error:  # noqa: BLE001
+                    # As a loop does with one of its own callbacks: the others are served.
+                    self.loop.call_exception_handler(
+                        {"message": "a socket's owner failed", "exception": error, "transport": pollable}
+                    )
+
+
+class _Local(threading.local):
+    poller: Poller | None = None
+
+
+_local = _Local()
+
+
+def poller_of(loop: asyncio.AbstractEventLoop) -> Poller:
+    """The loop's; a thread has one loop at a time."""
+    poller = _local.poller
+    if poller is None or poller.loop is not loop:
+        poller = _local.poller = Poller(loop)
+    return poller

@@ -1,0 +1,185 @@
+"""One epoll for many sockets: every one is served, whatever the others do, and nothing is left of it at the end."""
+
+import asyncio
+import errno
+import select
+import socket
+from pathlib import Path
+
+import pytest
+
+from konnektor.poller import AT_ONCE, READ, WRITE, Poller, poller_of
+from konnektor.socket_transport import SocketTransport
+from tests.session.test_socket_transport import Recorder, joined
+
+
+class Owner:
+    def __init__(self, sock, on_ready=lambda _events: None):
+        self.sock = sock
+        self.events = []
+        self.on_ready = on_ready
+
+    def ready(self, events):
+        self.events.append(events)
+        self.on_ready(events)
+
+
+async def until(predicate):
+    async with asyncio.timeout(10):
+        while not predicate():
+            await asyncio.sleep(0)
+
+
+def descriptors():
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+async def test_a_descriptor_only_while_there_are_sockets():
+    before = descriptors()
+    poller = Poller(asyncio.get_running_loop())
+    assert descriptors() == before
+    one, other = socket.socketpair()
+    with one, other:
+        for _ in range(2):
+            poller.add(one.fileno(), Owner(one), READ)
+            poller.add(other.fileno(), Owner(other), READ)
+            poller.remove(one.fileno())
+            assert len(descriptors() - before) == 3
+            poller.remove(other.fileno())
+            assert len(descriptors() - before) == 2
+
+
+async def test_the_loop_has_one_poller():
+    loop = asyncio.get_running_loop()
+    poller = poller_of(loop)
+    assert poller_of(loop) is poller and poller.loop is loop
+
+
+def test_another_loop_has_another():
+    async def its_own():
+        return poller_of(asyncio.get_running_loop())
+
+    assert asyncio.run(its_own()) is not asyncio.run(its_own())
+
+
+async def test_what_is_watched_for_is_what_is_told():
+    poller = Poller(asyncio.get_running_loop())
+    one, other = socket.socketpair()
+    with one, other:
+        owner = Owner(one)
+        poller.add(one.fileno(), owner, WRITE)
+        await until(lambda: owner.events)
+        assert owner.events[0] == WRITE
+        poller.change(one.fileno(), READ)
+        owner.events.clear()
+        other.send(b"x")
+        await until(lambda: owner.events)
+        assert owner.events[0] == READ
+        poller.change(one.fileno(), 0)
+        owner.events.clear()
+        await asyncio.sleep(0.01)
+        assert not owner.events
+        poller.remove(one.fileno())
+
+
+async def test_an_owner_that_fails_keeps_no_other_from_its_turn():
+    loop = asyncio.get_running_loop()
+    poller = Poller(loop)
+    complaints = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+
+    def fail(_events):
+        poller.remove(failing.sock.fileno())
+        raise RuntimeError("no")
+
+    pairs = [socket.socketpair() for _ in range(3)]
+    first, failing, last = Owner(pairs[0][0]), Owner(pairs[1][0], fail), Owner(pairs[2][0])
+    for owner, (_, far) in zip((first, failing, last), pairs, strict=True):
+        far.send(b"x")
+        poller.add(owner.sock.fileno(), owner, READ)
+    await until(lambda: first.events and failing.events and last.events)
+    (context,) = complaints
+    assert str(context["exception"]) == "no" and context["transport"] is failing
+    for owner in (first, last):
+        poller.remove(owner.sock.fileno())
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+async def test_more_than_are_served_at_once_are_all_served():
+    poller = Poller(asyncio.get_running_loop())
+    pairs = [socket.socketpair() for _ in range(AT_ONCE + 50)]
+    owners = [Owner(near) for near, _ in pairs]
+    for owner, (_, far) in zip(owners, pairs, strict=True):
+        owner.on_ready = lambda _events, sock=owner.sock: sock.recv(1)
+        far.send(b"x")
+        poller.add(owner.sock.fileno(), owner, READ)
+    await until(lambda: all(owner.events for owner in owners))
+    assert all(owner.events == [READ] for owner in owners)
+    for owner in owners:
+        poller.remove(owner.sock.fileno())
+    for pair in pairs:
+        for sock in pair:
+            sock.close()
+
+
+async def test_one_that_closes_another_whose_number_is_taken_at_once():
+    """Both were ready: what is told of the second concerns nobody any more, and the third is none the worse for it."""
+    poller = Poller(asyncio.get_running_loop())
+    (one, far_one), (two, far_two) = socket.socketpair(), socket.socketpair()
+    third = []
+
+    def replace(_events):
+        for near in (one, two):
+            poller.remove(near.fileno())
+        number = two.fileno()
+        two.close()
+        near, far = socket.socketpair()
+        assert near.fileno() == number
+        near.setblocking(False)
+        recorder = Recorder()
+        third.append((SocketTransport(near, recorder), recorder, far))
+
+    owners = Owner(one, replace), Owner(two, replace)
+    for owner, far in zip(owners, (far_one, far_two), strict=True):
+        far.send(b"x")
+        poller.add(owner.sock.fileno(), owner, READ)
+    await until(lambda: third)
+    transport, recorder, far = third[0]
+    transport.ready(READ)  # as it would be told, had it the same poller
+    transport.ready(READ | WRITE | select.EPOLLHUP | select.EPOLLERR)
+    far.send(b"its own")
+    await recorder.until("data")
+    assert recorder.received == b"its own" and not transport.is_closing()
+    transport.abort()
+    for sock in (one, far_one, far_two, far):
+        sock.close()
+
+
+@pytest.mark.parametrize("failing", ["epoll", "register"])
+async def test_no_more_to_be_had(failing, monkeypatch):
+    before = descriptors()
+
+    class Exhausted:
+        def __init__(self):
+            if failing == "epoll":
+                raise OSError(errno.EMFILE, "Too many open files")
+            self.inner = epoll()
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def register(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    epoll = select.epoll
+    monkeypatch.setattr(select, "epoll", Exhausted)
+    near, far = socket.socketpair()
+    with near, far, pytest.raises(OSError):
+        SocketTransport(near, Recorder())
+    monkeypatch.undo()
+    assert descriptors() == before
+    with joined() as (_, recorder, far):
+        far.send(b"again")
+        await recorder.until("data")
