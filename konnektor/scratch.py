@@ -3,7 +3,7 @@
 Both asyncio and uvloop call ``get_buffer``, read, and call ``buffer_updated`` without another
 protocol in between, so one buffer a thread serves every connection. The exception is a protocol that
 is fed from within another's ``buffer_updated`` (a session inside a stream): it finds the buffer busy and
-gets one of its own. What is at the end of a read waits until all of it is decrypted, so it is no larger than two frames.
+gets one of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Final
 
 __all__ = ["Scratch", "scratch"]
 
-SIZE: Final = 128 * 1024
+SIZE: Final = (256 + 64 + 1) * 1024
+"""What uvloop decrypts in one go, behind the beginning of a frame whose rest had not come: where it finds no room for all
+of it, the rest waits for another turn of the loop, with an ACK of its own, and what is read meanwhile makes it stop reading."""
 
 
 class Scratch:
