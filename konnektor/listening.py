@@ -206,9 +206,15 @@ class Acceptor:
                     continue
                 self._starve(error)
                 return
-            self._starved = False
             sock.setblocking(False)
-            self._accepted(sock, address)
+            try:
+                self._accepted(sock, address)
+            except OSError as error:
+                # It had the last descriptor, and its owner needs another to watch it.
+                sock.close()
+                self._starve(error)
+                return
+            self._starved = False
 
     def _starve(self, error: OSError) -> None:
         if not self._starved:  # told once, until it gets better

@@ -56,6 +56,9 @@ class SocketTransport:
         sock: belongs to the transport from now on.
         protocol: gets ``connection_made`` before the constructor returns.
 
+    Raises:
+        OSError: the socket cannot be watched; the protocol has heard nothing.
+
     Attributes:
         read_size: bytes to read at most at a time, for a protocol without a buffer of its own.
     """
@@ -87,9 +90,12 @@ class SocketTransport:
         self._closing = False
         self._eof = False
         self._lost = False
-        protocol.connection_made(cast(asyncio.Transport, self))
-        if self._reading and not self._closing:
-            self._watch(READ)
+        self._watch(READ)
+        try:
+            protocol.connection_made(cast(asyncio.Transport, self))
+        except BaseException:
+            self._unwatch()
+            raise
 
     # What the poller says, and what it is asked
 
@@ -97,7 +103,9 @@ class SocketTransport:
         """The socket can be read or written, or has failed (poller.Pollable)."""
         if self._buffer is not None and events != READ:
             self._writable()
-        if self._reading:
+        if self._watched == UNWATCHED:
+            pass  # it came to its end just now
+        elif self._reading:
             if events != WRITE:
                 self._readable()
         elif events & FAILED:

@@ -205,6 +205,26 @@ async def scripted(*errors):
     return Scripted(sock, *errors)
 
 
+async def test_the_last_descriptor_was_its_own(monkeypatch, caplog):
+    """Whoever is accepted last finds none for what watches it: the connection ends, and the next ones wait."""
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    (listener,) = await bind_tcp("127.0.0.1", 0)
+    accepted = []
+
+    def accept(sock, _address):
+        accepted.append(sock)
+        if len(accepted) == 1:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    acceptor = Acceptor(listener, accept)
+    with socket.create_connection(listener.getsockname()), socket.create_connection(listener.getsockname()):
+        await until(lambda: len(accepted) == 2)
+    assert accepted[0].fileno() < 0 <= accepted[1].fileno()
+    assert [r.getMessage() for r in caplog.records] == [f"cannot accept on {acceptor.name}: Too many open files"]
+    accepted[1].close()
+    acceptor.close()
+
+
 async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
     monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
     accepted = []

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from konnektor.poller import READ
 from konnektor.socket_transport import SocketTransport
 
 
@@ -297,6 +298,39 @@ async def test_paused_over_data_is_not_told_for_ever(monkeypatch):
         transport.pause_reading()
         far.send(b"waits")
         assert await told(monkeypatch, transport) < 10
+
+
+async def test_ended_by_its_protocol_when_there_is_room_to_write_and_something_to_read():
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    with joined() as (transport, recorder, far):
+        recorder.resume_writing = transport.abort
+        transport.write(b"x" * 1_000_000)
+        await recorder.until("pause")
+        transport.pause_reading()
+        far.send(b"unread")
+        while not transport.is_closing():
+            with contextlib.suppress(BlockingIOError):
+                far.recv(65_536)
+            await asyncio.sleep(0)
+        await recorder.until("lost")
+        transport.ready(READ)  # of late
+        await asyncio.sleep(0)
+    assert not complaints
+
+
+async def test_a_protocol_that_fails_at_once_is_not_watched():
+    class Failing(Recorder):
+        def connection_made(self, transport):
+            raise RuntimeError("no")
+
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    with near, far:
+        with pytest.raises(RuntimeError):
+            SocketTransport(near, Failing())
+        far.send(b"x")
+        await asyncio.sleep(0.01)
 
 
 async def test_what_it_is():
