@@ -126,10 +126,10 @@ class Continuity:
         if found is not None and granted and not found.suspended:
             found._continuity.suspend("the peer came back over another connection")
         if found is None or not granted or not found.suspended:  # it may just have ended, as draining ones do
-            if session._mux.resumption.begin_afresh():
-                session.log.info("the session that the peer would resume is not here; this one begins")
-            else:
+            if not session._mux.resumption.begin_afresh():
                 session._mux.close(Code.RESUME_REFUSED, NO_SUCH_SESSION)
+            elif not session.closed:
+                session.log.info("the session that the peer would resume is not here; this one begins")
             return
         driver, session._driver = session._driver, Driver(session._connected, session._connection_lost)
         session._driver.mux = session._mux

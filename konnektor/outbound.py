@@ -349,6 +349,7 @@ class Outbound:
             if stream.datagrams is not None:
                 if stream.datagrams and mux.may_send_datagrams(stream):
                     size += self._datagram(stream, stream.datagrams, parts, now)
+                    interactive = interactive or (hurried and stream.place == IDLE)
                     continue
                 if not mux.has_to_send(stream):
                     # What it had was dropped meanwhile: others' were newer.
@@ -386,7 +387,7 @@ class Outbound:
                 scheduler.charge(stream, frame_size, now)
             else:
                 scheduler.finish(stream, frame_size, now)
-            if hurried and stream.place == IDLE:
+            if hurried and not left:
                 # All it had: the beginning of something bulky is as much ahead, and no reason to hold others back.
                 interactive = True
             if stream.room_wanted and stream.queued <= stream.low_water:

@@ -48,14 +48,19 @@ class Poller:
         """
         epoll = self._epoll
         if epoll is None:
-            epoll = self._epoll = select.epoll()
-            self.loop.add_reader(epoll.fileno(), self._ready)
-        self._pollables[fd] = pollable
+            epoll = select.epoll()
+            try:
+                self.loop.add_reader(epoll.fileno(), self._ready)
+            except BaseException:
+                epoll.close()
+                raise
+            self._epoll = epoll
         try:
             epoll.register(fd, events)
         except BaseException:
-            self._forget(fd)
+            self._close_if_unused()
             raise
+        self._pollables[fd] = pollable
 
     def change(self, fd: int, events: int) -> None:
         """Watches it for these events instead."""
@@ -65,11 +70,13 @@ class Poller:
     def remove(self, fd: int) -> None:
         """Watches it no more; before it is closed."""
         assert self._epoll is not None
-        self._epoll.unregister(fd)
-        self._forget(fd)
-
-    def _forget(self, fd: int) -> None:
         del self._pollables[fd]
+        try:
+            self._epoll.unregister(fd)
+        finally:
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
         epoll = self._epoll
         if epoll is not None and not self._pollables:
             self.loop.remove_reader(epoll.fileno())

@@ -106,7 +106,10 @@ class Reconnection:
         assert isinstance(error, ResumeRefusedError)
         assert instead is not None
         self._continuity.refused(error)
-        instead._continuity.begin(self._driver)
+        if instead.closed:
+            self._driver.close()
+        else:
+            instead._continuity.begin(self._driver)
         if not self._done.done():
             self._done.set_result(None)
 

@@ -189,8 +189,10 @@ class Resumption:
         # Who is turned away now has still asked for the old session, and would go on asking. It hears that this is lost,
         # comes again with a connection of its own, and hears the reason there.
         self.refusal = Close(Code.RESUME_REFUSED, NO_SUCH_SESSION)
-        self._mux.established_with(settings, None)
-        self.refusal = None
+        try:
+            self._mux.established_with(settings, None)
+        finally:
+            self.refusal = None
         return True
 
     def may_grant(self, frame: Resume, nonces: bytes) -> bool:

@@ -254,7 +254,8 @@ class Session:
         Args:
             instead: a client's session without a connection. If the server has the old one no more (it was restarted,
                 say), this one may begin on the same connection, which spares a second TLS handshake. Then it is
-                up, or soon will be (``wait_established``), when ResumeRefusedError is raised.
+                up, or soon will be (``wait_established``), when ResumeRefusedError is raised. If this was cancelled
+                meanwhile, its ``remote_address`` tells: it is None until it has a connection.
 
         Raises:
             HandshakeError: not over this connection; its ``__cause__`` says why.

@@ -90,7 +90,8 @@ class SocketTransport:
         self._closing = False
         self._eof = False
         self._lost = False
-        self._watch(READ)
+        self._poller.add(self._fd, self, READ)
+        self._watched = READ
         try:
             protocol.connection_made(cast(asyncio.Transport, self))
         except BaseException:
@@ -101,43 +102,53 @@ class SocketTransport:
 
     def ready(self, events: int) -> None:
         """The socket can be read or written, or has failed (poller.Pollable)."""
-        if self._buffer is not None and events != READ:
-            self._writable()
         if self._watched == UNWATCHED:
-            pass  # it came to its end just now
-        elif self._reading:
+            return
+        # Reading first: what came before a reset is lost as soon as writing finds it.
+        if self._reading:
             if events != WRITE:
                 self._readable()
-        elif events & FAILED:
+        elif events & FAILED and not self._closing:
             self._failed()
         elif events & READ:
             # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
             self._watch(self._watched & ~READ)
+        if self._buffer is not None and events != READ and (self._closing or not events & FAILED):
+            self._writable()
 
     def _failed(self) -> None:
         """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does."""
         try:
-            if not self._sock.recv(1, socket.MSG_PEEK) and (
-                # Behind an end that was read, recv() tells of nothing else.
-                code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            ):
+            if self._sock.recv(1, socket.MSG_PEEK):
+                self._unwatch()  # or it would be told for ever
+                return
+            # Behind an end that was read, recv() tells of nothing else.
+            if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise OSError(code, os.strerror(code))
         except (BlockingIOError, InterruptedError):
-            pass
+            return
         except OSError as error:
             self._break(error)
+            return
+        if self._buffer is None:
+            self._unwatch()
         else:
-            self._unwatch()  # or it would be told for ever
+            self._writable()  # which says why nobody takes it
 
     def _watch(self, events: int) -> None:
         watched = self._watched
         if watched == events:
             return
-        if watched == UNWATCHED:
-            self._poller.add(self._fd, self, events)
+        try:
+            if watched == UNWATCHED:
+                self._poller.add(self._fd, self, events)
+            else:
+                self._poller.change(self._fd, events)
+        except OSError as error:
+            # No descriptor and no watch to be had: this socket's misfortune, and not that of whoever resumed it.
+            self._break(error)
         else:
-            self._poller.change(self._fd, events)
-        self._watched = events
+            self._watched = events
 
     def _unwatch(self) -> None:
         if self._watched != UNWATCHED:

@@ -129,7 +129,8 @@ class Worker(Endpoint):
         )
         self._sessions: dict[tuple[str, int], Session] = {}
         self._begun: dict[tuple[str, int], Session] = {}
-        """Up, and not among the others yet."""
+        """Up, on the connection that was to resume another, and not yet known to who keeps a session up."""
+        self._resuming = {address: Backoff(last=LAST_RESUMING) for address in self._addresses}
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
 
@@ -175,9 +176,6 @@ class Worker(Endpoint):
     def _leave(self, *, drain: bool) -> None:
         for task in self._links:
             task.cancel()
-        while self._begun:
-            address, session = self._begun.popitem()
-            self._add(session, address)
         super()._leave(drain=drain)
 
     # Sessions
@@ -241,21 +239,28 @@ class Worker(Endpoint):
                 # that one drains as soon, it is no way to run.
                 backoff.next()
 
-    async def _follow(self, session: Session, address: tuple[str, int]) -> None:
-        """Gets the session another connection whenever one breaks, draining or not; until it is cancelled."""
+    async def _follow(self, session: Session, address: tuple[str, int], since: float) -> None:
+        """Gets the session another connection whenever one breaks, draining or not; until it is cancelled.
+
+        ``since`` is when it began in the place of one whose connection broke.
+        """
         peer = f"the control plane at {format_hostport(*address)}"
         loop = asyncio.get_running_loop()
-        backoff = Backoff(last=LAST_RESUMING)
-        since = -math.inf
+        backoff = self._resuming[address]
+        failing = False
         strangers = 0
         while True:
+            instead = None
             await self._changes.wait_for(lambda: session.suspended)
-            if not backoff.fresh or loop.time() - since < CALM:
+            if not failing and loop.time() - since >= CALM:
+                backoff.reset()
+            elif not backoff.fresh or loop.time() - since < CALM:
                 # After a connection that broke soon, a moment: what breaks them need not break thousands a minute. Only
-                # attempts that fail make it longer, for streams have 2 s to be accepted on a path that comes and goes.
+                # attempts that fail, or only lead to another session, make it longer, for streams have 2 s to be
+                # accepted on a path that comes and goes.
                 await asyncio.sleep(backoff.next())
             backoff.fresh = False
-            instead = None
+            failing = True
             try:
                 sock = await self._dial(address, peer)
                 if not (self._once or self._leaving or session.draining):
@@ -264,6 +269,7 @@ class Worker(Endpoint):
                 await session.resume(sock, context, self._server_name or address[0], instead=instead)
                 since = loop.time()
                 backoff.reset()
+                failing = False
             except ResumeRefusedError as error:
                 if instead is not None and instead.peer_settings is not None:
                     continue
@@ -289,15 +295,13 @@ class Worker(Endpoint):
         Raises:
             HandshakeError: no session.
         """
-        where = format_hostport(*address)
-        peer = f"the control plane at {where}"
-        session = self._begun.pop(address, None)
-        sock = await self._dial(address, peer) if session is None else None
+        if (begun := self._begun.pop(address, None)) is not None:
+            return begun
+        peer = f"the control plane at {format_hostport(*address)}"
+        sock = await self._dial(address, peer)
+        session = self._session(peer)
         try:
-            if session is None:
-                assert sock is not None
-                session = self._session(peer)
-                await session.connect(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
+            await session.connect(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
             await session.wait_established()
         except HandshakeError as error:
             raise HandshakeError(explain(error.__cause__, peer)) from error
@@ -325,11 +329,13 @@ class Worker(Endpoint):
 
     def _begin(self, address: tuple[str, int], session: Session) -> None:
         """On the connection that was to resume another, which the control plane has no more."""
-        self._begun[address] = session
         logger.warning("%s no longer knows the session; starting afresh", session.peer_name)
-        self._changes.notify()
+        self._begun[address] = session
+        self._add(session, address, asyncio.get_running_loop().time())
+        if self._leaving:
+            session.close(Code.SHUTDOWN, "the worker is shutting down")
 
-    def _add(self, session: Session, address: tuple[str, int]) -> None:
+    def _add(self, session: Session, address: tuple[str, int], since: float = -math.inf) -> None:
         where = format_hostport(*address)
         self._sessions[address] = session
         session.on_goaway = lambda _: self._changes.notify()
@@ -338,7 +344,7 @@ class Worker(Endpoint):
         session.on_resumed = lambda session: self._resumed(session, where)
         logger.info("connected to %s at %s", session.peer_name, where)
         self._live.add(session)
-        _ = self._spawn(self._see_out(session, address))
+        _ = self._spawn(self._see_out(session, address, since))
         self._changes.notify()
 
     def _suspended(self, session: Session, where: str) -> None:
@@ -351,8 +357,8 @@ class Worker(Endpoint):
         )
         self._changes.notify()
 
-    async def _see_out(self, session: Session, address: tuple[str, int]) -> None:
-        following = self._spawn(self._follow(session, address))
+    async def _see_out(self, session: Session, address: tuple[str, int], since: float) -> None:
+        following = self._spawn(self._follow(session, address, since))
         await session.wait_closed()
         following.cancel()
         self._live.discard(session)

@@ -360,8 +360,52 @@ async def test_a_worker_that_is_closed_while_a_session_begins_afresh_leaves_none
         t.proxy.admit()
         await until(lambda: closing)
         await closing[0]
-        assert begun[0].closed and t.client.closed and not t.worker._begun
+        assert begun[0].closed and t.client.closed
         await until(lambda: heir.get("node-1") is None)
+
+
+async def test_a_worker_that_drains_while_a_session_begins_afresh_takes_it_along(certs, monkeypatch):
+    """It is asked before whether it may begin; the drain comes when the attempt is on its way."""
+    make, begin = Worker._session, Worker._begin
+    begun, draining = [], []
+
+    def and_drain(worker, peer, check_hello=None):
+        if check_hello is not None and not draining:
+            draining.append(asyncio.create_task(worker.drain(5)))
+        return make(worker, peer, check_hello)
+
+    def and_note(worker, address, session):
+        begun.append(session)
+        begin(worker, address, session)
+
+    monkeypatch.setattr(Worker, "_session", and_drain)
+    monkeypatch.setattr(Worker, "_begin", and_note)
+    async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        await suspended(t)
+        t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
+        t.proxy.admit()
+        await until(lambda: draining)
+        await draining[0]
+        assert begun[0].closed and t.client.closed
+        await until(lambda: heir.get("node-1") is None)
+        await stream.aclose()
+
+
+async def test_connections_that_only_lead_to_other_sessions_are_made_ever_more_seldom(certs, monkeypatch):
+    """Two control planes in turn behind one address, and connections that break at once."""
+    waits = []
+    following = Backoff.next
+    monkeypatch.setattr(Backoff, "next", lambda self: waits.append(following(self)) or 0.001)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
+        planes = [heir, t.plane]
+        for n in range(6):
+            before = t.worker.sessions[0]
+            t.proxy._dial_to = socket.AF_INET, parse_hostport(planes[n % 2].address)
+            await until(lambda n=n: planes[n % 2].get("node-1") is not None or n == 0)
+            t.proxy.cut()
+            await until(lambda before=before: t.worker.sessions and t.worker.sessions[0] is not before)
+        assert len(waits) == 5 and waits[-1] > 4 * waits[0]
 
 
 async def test_a_worker_that_may_not_begin_afresh_hears_why_on_a_connection_of_its_own(certs, log):

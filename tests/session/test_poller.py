@@ -157,7 +157,20 @@ async def test_one_that_closes_another_whose_number_is_taken_at_once():
         sock.close()
 
 
-@pytest.mark.parametrize("failing", ["epoll", "register"])
+async def test_a_socket_has_one_owner():
+    poller = Poller(asyncio.get_running_loop())
+    near, far = socket.socketpair()
+    with near, far:
+        owner = Owner(near)
+        poller.add(near.fileno(), owner, READ)
+        with pytest.raises(FileExistsError):
+            poller.add(near.fileno(), Owner(near), READ)
+        far.send(b"x")
+        await until(lambda: owner.events)
+        poller.remove(near.fileno())
+
+
+@pytest.mark.parametrize("failing", ["epoll", "register", "add_reader"])
 async def test_no_more_to_be_had(failing, monkeypatch):
     before = descriptors()
 
@@ -169,6 +182,9 @@ async def test_no_more_to_be_had(failing, monkeypatch):
 
         def __getattr__(self, name):
             return getattr(self.inner, name)
+
+        def fileno(self):
+            return self.inner.fileno() if failing != "add_reader" else 1_000_000  # which no loop can watch
 
         def register(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import select
 import socket
 import struct
 
@@ -298,6 +300,49 @@ async def test_paused_over_data_is_not_told_for_ever(monkeypatch):
         transport.pause_reading()
         far.send(b"waits")
         assert await told(monkeypatch, transport) < 10
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_what_came_before_a_reset_is_read_though_something_was_still_to_be_written(paused):
+    """A server that refuses an upload: it answers, and closes over what it has not read."""
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.write(b"x" * 30_000_000)
+        await recorder.until("pause")
+        if paused:
+            transport.pause_reading()
+        far.send(b"413 too large")
+        reset(far)
+        await asyncio.sleep(0.05)
+        assert transport.is_closing() != paused
+        transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"413 too large"
+        assert isinstance(error, ConnectionError)
+
+
+async def test_closed_by_the_other_end_with_something_still_to_be_written():
+    with joined() as (transport, recorder, far):
+        transport.write(b"x" * 30_000_000)
+        await recorder.until("pause")
+        far.close()
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionError)
+
+
+async def test_one_that_cannot_be_watched_again_breaks_and_nothing_else(monkeypatch):
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"the last")
+        reset(far)
+        await asyncio.sleep(0.05)  # now it is not watched
+
+        def none_left(*_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(select, "epoll", none_left)
+        transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert error.errno == errno.EMFILE
 
 
 async def test_ended_by_its_protocol_when_there_is_room_to_write_and_something_to_read():

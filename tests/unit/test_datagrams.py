@@ -529,6 +529,20 @@ def test_interactive_first():
     assert order[16:26] == [quick.id] * 10 and len(order) == 70
 
 
+def test_beside_datagrams_bulk_goes_in_smaller_batches():
+    pair = Pair(Limits(initial_window=1024 * KIB, initial_streams=8))
+    bulk, _ = pair.open()
+    call, _ = udp(pair)
+    for again in (False, True):
+        pair.client.blocked = True
+        bulk.write(b"x" * 256 * KIB)
+        call.send_datagram(b"a word")
+        pair.client.blocked = False
+        pair.client.flush()
+        assert bulk.hurried == again
+        pair.pump()
+
+
 def test_a_lost_connection_drops_them():
     pair = Pair()
     ours, _theirs = udp(pair)

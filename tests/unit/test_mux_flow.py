@@ -94,8 +94,9 @@ def test_beside_an_interactive_stream_bulk_goes_in_smaller_batches():
     assert len(mux.data_to_send(pair.now, KIB)) < 2 * 64 * KIB
 
 
-def test_what_begins_bulky_is_ahead_once_and_no_interactive_stream():
-    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+@pytest.mark.parametrize("window", [32 * KIB, MIB])
+def test_what_begins_bulky_is_ahead_once_and_no_interactive_stream(window):
+    pair = Pair(Limits(initial_window=window, initial_streams=8))
     mux = pair.client.mux
     bulk, *others = [pair.open()[0] for _ in range(4)]
     bulk.write(b"x" * 300 * KIB)
