@@ -252,7 +252,7 @@ class Worker(Endpoint):
         while True:
             instead = None
             await self._changes.wait_for(lambda: session.suspended)
-            if not failing and loop.time() - since >= CALM:
+            if not failing and loop.time() - since > CALM:
                 backoff.reset()
             elif not backoff.fresh or loop.time() - since < CALM:
                 # After a connection that broke soon, a moment: what breaks them need not break thousands a minute. Only

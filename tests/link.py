@@ -71,8 +71,10 @@ class Link:
         """A stream that both ends have: their meters."""
         opener = opener or self.pair.client
         stream = opener.open(**kwargs)
-        self.run(2 * self.delay + 0.01)
-        theirs = opener.peer.opened[-1]
+        for _ in range(10):  # beside bulk it may stand in a queue
+            self.run(2 * self.delay + 0.01)
+            if (theirs := opener.peer.opened[-1]).id == stream.id:
+                break
         assert theirs.id == stream.id
         theirs.accept()
         meters = Meter(stream), Meter(theirs)
