@@ -67,7 +67,7 @@ def parse_iperf(out: bytes) -> Transfer:
     """Of ``iperf3 -J``.
 
     Raises:
-        Failed: it reports an error, or nothing.
+        Failed: it reports an error, or nothing, or that nothing arrived.
     """
     try:
         report: dict[str, Any] = json.loads(out)
@@ -77,7 +77,10 @@ def parse_iperf(out: bytes) -> Transfer:
         raise Failed(f"iperf3: {report['error']}")
     end = report["end"]
     sums = [end["sum_received"], *([end["sum_received_bidir_reverse"]] if "sum_received_bidir_reverse" in end else [])]
-    return Transfer(sum(each["bits_per_second"] for each in sums) / 8e6, sum(each["bytes"] for each in sums))
+    arrived = sum(each["bytes"] for each in sums)
+    if not arrived:
+        raise Failed("iperf3: nothing arrived")
+    return Transfer(sum(each["bits_per_second"] for each in sums) / 8e6, arrived)
 
 
 def iperf(port: int, seconds: float, *args: str) -> list[str]:

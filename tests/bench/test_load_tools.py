@@ -30,6 +30,7 @@ def test_both_directions_are_added():
     [
         (b"", "iperf3 reported nothing"),
         (b'{"end": {}, "error": "unable to connect to server: Connection refused"}', "iperf3: unable to connect"),
+        (b'{"end": {"sum_received": {"bytes": 0, "bits_per_second": 0}}}', "iperf3: nothing arrived"),
     ],
 )
 def test_a_transfer_that_failed(out, why):
