@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, cast
 
 from konnektor.poller import FAILED, READ, WRITE, poller_of
 
-__all__ = ["READ_SIZE", "SocketTransport"]
+__all__ = ["SocketTransport"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""

@@ -65,6 +65,12 @@ async def suspended(t):
     await until(lambda: t.session.suspended and t.client.suspended)
 
 
+def lead(t, plane):
+    """Connections can be had again, and lead to another control plane."""
+    t.proxy._dial_to = socket.AF_INET, parse_hostport(plane.address)
+    t.proxy.admit()
+
+
 def judge(session):
     """Its time to hear from the peer is over."""
     now = clock()
@@ -318,8 +324,7 @@ async def test_another_control_plane_has_taken_over(certs, log):
         stream = await t.client.open_tcp("127.0.0.1", echo.port)
         await echoes(stream, b"12345")
         await suspended(t)
-        t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
-        t.proxy.admit()
+        lead(t, heir)
         with pytest.raises(kk.SessionLost, match=r"connection lost: .*, and the peer says: no such session") as lost:
             await stream.receive()
         assert (lost.value.sent, lost.value.received) == (5, 5)
@@ -356,8 +361,7 @@ async def test_a_worker_that_is_closed_while_a_session_begins_afresh_leaves_none
     monkeypatch.setattr(Worker, "_begin", and_close)
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
         await suspended(t)
-        t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
-        t.proxy.admit()
+        lead(t, heir)
         await until(lambda: closing)
         await closing[0]
         assert begun[0].closed and t.client.closed
@@ -383,8 +387,7 @@ async def test_a_worker_that_drains_while_a_session_begins_afresh_takes_it_along
     async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as heir, proxied(certs) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port)
         await suspended(t)
-        t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
-        t.proxy.admit()
+        lead(t, heir)
         await until(lambda: draining)
         await draining[0]
         assert begun[0].closed and t.client.closed
@@ -417,8 +420,7 @@ async def test_a_worker_that_may_not_begin_afresh_hears_why_on_a_connection_of_i
         async with await Session.client(sock, tls=tls, server_name="127.0.0.1", settings=settings):
             await heir.wait_for("node-1")
             await suspended(t)
-            t.proxy._dial_to = socket.AF_INET, parse_hostport(heir.address)
-            t.proxy.admit()
+            lead(t, heir)
             await t.client.wait_closed()
             assert isinstance(t.client.error, kk.ResumeRefusedError)
             await until(lambda: any("another process is connected as node-1; trying again" in line for line in log()))

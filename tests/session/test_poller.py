@@ -1,6 +1,7 @@
 """One epoll for many sockets: every one is served, whatever the others do, and nothing is left of it at the end."""
 
 import asyncio
+import contextlib
 import errno
 import select
 import socket
@@ -28,6 +29,19 @@ async def until(predicate):
     async with asyncio.timeout(10):
         while not predicate():
             await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def readable(poller, count):
+    """The owners of so many sockets, watched, with a byte to read in each."""
+    with contextlib.ExitStack() as stack:
+        owners = []
+        for _ in range(count):
+            near, far = (stack.enter_context(sock) for sock in socket.socketpair())
+            far.send(b"x")
+            owners.append(Owner(near))
+            poller.add(near.fileno(), owners[-1], READ)
+        yield owners
 
 
 def descriptors():
@@ -92,36 +106,24 @@ async def test_an_owner_that_fails_keeps_no_other_from_its_turn():
         poller.remove(failing.sock.fileno())
         raise RuntimeError("no")
 
-    pairs = [socket.socketpair() for _ in range(3)]
-    first, failing, last = Owner(pairs[0][0]), Owner(pairs[1][0], fail), Owner(pairs[2][0])
-    for owner, (_, far) in zip((first, failing, last), pairs, strict=True):
-        far.send(b"x")
-        poller.add(owner.sock.fileno(), owner, READ)
-    await until(lambda: first.events and failing.events and last.events)
-    (context,) = complaints
-    assert str(context["exception"]) == "no" and context["transport"] is failing
-    for owner in (first, last):
-        poller.remove(owner.sock.fileno())
-    for pair in pairs:
-        for sock in pair:
-            sock.close()
+    with readable(poller, 3) as (first, failing, last):
+        failing.on_ready = fail
+        await until(lambda: first.events and failing.events and last.events)
+        (context,) = complaints
+        assert str(context["exception"]) == "no" and context["transport"] is failing
+        for owner in (first, last):
+            poller.remove(owner.sock.fileno())
 
 
 async def test_more_than_are_served_at_once_are_all_served():
     poller = Poller(asyncio.get_running_loop())
-    pairs = [socket.socketpair() for _ in range(AT_ONCE + 50)]
-    owners = [Owner(near) for near, _ in pairs]
-    for owner, (_, far) in zip(owners, pairs, strict=True):
-        owner.on_ready = lambda _events, sock=owner.sock: sock.recv(1)
-        far.send(b"x")
-        poller.add(owner.sock.fileno(), owner, READ)
-    await until(lambda: all(owner.events for owner in owners))
-    assert all(owner.events == [READ] for owner in owners)
-    for owner in owners:
-        poller.remove(owner.sock.fileno())
-    for pair in pairs:
-        for sock in pair:
-            sock.close()
+    with readable(poller, AT_ONCE + 50) as owners:
+        for owner in owners:
+            owner.on_ready = lambda _events, sock=owner.sock: sock.recv(1)
+        await until(lambda: all(owner.events for owner in owners))
+        assert all(owner.events == [READ] for owner in owners)
+        for owner in owners:
+            poller.remove(owner.sock.fileno())
 
 
 async def test_one_that_closes_another_whose_number_is_taken_at_once():
