@@ -64,6 +64,8 @@ class Inbox:
         forgotten: both halves have ended.
         receive_error, send_error: what broke a half.
         datagrams: came and were not read; None if the type has none.
+        unsent: what a ``send`` that waits for room has not queued yet.
+        queue_limit: bytes that may be queued.
         opened, reader, datagram_reader, writer: who waits for the peer's answer, for bytes, for a datagram, for room.
         on_cancel: called when the peer gives its stream up before an answer.
     """
@@ -78,9 +80,11 @@ class Inbox:
         "mux",
         "on_cancel",
         "opened",
+        "queue_limit",
         "reader",
         "receive_error",
         "send_error",
+        "unsent",
         "writer",
     )
 
@@ -93,6 +97,8 @@ class Inbox:
         self.forgotten = False
         self.receive_error: PeerError | None = None
         self.send_error: PeerError | None = None
+        self.unsent: memoryview | None = None
+        self.queue_limit = 0
         self.opened: asyncio.Future[None] | None = None
         self.reader: asyncio.Future[None] | None = None
         self.datagram_reader: asyncio.Future[None] | None = None
@@ -123,7 +129,24 @@ class Inbox:
         self._wake(self.datagram_reader)
 
     def writable(self) -> None:
-        self._wake(self.writer)
+        """Queues as much of ``unsent`` as there is room for, and wakes its sender after the last of it.
+
+        The multiplexer calls it in the middle of a batch, which is filled by this: were each frame's bytes the sending
+        task's to bring, every frame would take a turn of the loop, and a write of its own.
+        """
+        rest, stream = self.unsent, self.mux
+        if rest is None or stream is None:
+            return
+        room = self.queue_limit - stream.queued
+        if room > 0:
+            stream.write(bytes(rest[:room]))
+            rest = rest[room:]
+        if rest:
+            self.unsent = rest
+            stream.want_room(self.queue_limit // 2)
+        else:
+            self.unsent = None
+            self._wake(self.writer)
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
         if receiving:
@@ -190,7 +213,7 @@ class Stream(anyio.abc.ByteStream):
         self._inbox = inbox
         inbox.mux = mux_stream
         inbox.datagrams = mux_stream.datagram_inbox()
-        self._queue_limit = session.limits.send_queue
+        inbox.queue_limit = session.limits.send_queue
         self._closed = False
         self._detached = False
         self._sending = False
@@ -370,35 +393,22 @@ class Stream(anyio.abc.ByteStream):
         if self._sending:
             raise anyio.BusyResourceError("sending to")
         await checkpoint_if_cancelled()
-        stream, limit = self._mux, self._queue_limit
+        inbox, stream = self._inbox, self._mux
         self._check_sendable()
-        room = limit - stream.queued
-        if len(item) <= room:
+        if len(item) <= inbox.queue_limit - stream.queued:
             stream.write(bytes(item))
             return
         self._sending = True
+        inbox.unsent = memoryview(item).cast("B")
         try:
-            view = memoryview(item)
-            while True:
-                if room > 0:
-                    stream.write(bytes(view[:room]))
-                    view = view[room:]
-                    if not view:
-                        return
-                await self._room()
+            inbox.writable()
+            while inbox.unsent is not None:
+                inbox.writer = asyncio.get_running_loop().create_future()
+                await inbox.writer
                 self._check_sendable()
-                room = limit - stream.queued
         finally:
             self._sending = False
-
-    async def _room(self) -> None:
-        inbox = self._inbox
-        self._mux.want_room(self._queue_limit // 2)
-        inbox.writer = asyncio.get_running_loop().create_future()
-        try:
-            await inbox.writer
-        finally:
-            inbox.writer = None
+            inbox.unsent = inbox.writer = None
 
     def _check_sendable(self) -> None:
         if self._closed or self._mux.finish_wanted:
@@ -510,7 +520,7 @@ class Stream(anyio.abc.ByteStream):
         self._closed = True
         inbox, stream = self._inbox, self._mux
         inbox.clear()
-        inbox.on_cancel = None
+        inbox.unsent = inbox.on_cancel = None
         if not inbox.forgotten:
             if not graceful or stream.sending is Sending.UNDECIDED:
                 stream.cancel(code, text)

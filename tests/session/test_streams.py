@@ -389,6 +389,48 @@ async def test_filling_a_stream_holds_what_its_windows_say():
         assert a._mux.queued <= a.session.limits.send_queue
 
 
+class _Batches:
+    """A multiplexer whose batches are measured."""
+
+    def __init__(self, mux):
+        self._mux = mux
+        self.sizes = []
+
+    def __getattr__(self, name):
+        return getattr(self._mux, name)
+
+    def chunks_to_send(self, now):
+        chunks = self._mux.chunks_to_send(now)
+        self.sizes.append(sum(map(len, chunks)))
+        return chunks
+
+
+@pytest.mark.replaces_methods
+async def test_a_large_send_fills_batches_through_a_small_queue():
+    limits = kk.Limits(initial_window=2**20, initial_streams=8)
+    async with memory_stream_pair(client_limits=limits, server_limits=limits) as (a, b):
+        driver = a.session._driver
+        batches = driver.mux = _Batches(driver.mux)
+        data = bytes(range(256)) * 2048
+        async with anyio.create_task_group() as group:
+            group.start_soon(a.send, data)
+            assert await exactly(b, len(data)) == data
+        assert max(batches.sizes) > 2 * a.session.limits.send_queue
+        driver.mux = batches._mux
+
+
+async def test_what_a_send_had_not_queued_when_the_stream_was_closed_is_not_sent():
+    async with memory_stream_pair() as (a, b):
+        limits = a.session.limits
+        sending = asyncio.create_task(a.send(bytes(2**20)))
+        while a._mux.queued < limits.send_queue or a._mux.send_window.sent < limits.initial_window:
+            await asyncio.sleep(0)
+        await a.aclose()
+        with pytest.raises(StreamClosedError):
+            await sending
+        assert len(await until_end(b)) == limits.initial_window + limits.send_queue
+
+
 async def test_calls_before_the_answer():
     async with memory_stream_pair() as (a, b):
         results = []
