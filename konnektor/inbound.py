@@ -102,15 +102,21 @@ class Inbound:
         pos, end = 0, len(view)
         counted = 0
         frames = -acks.seq
+        # Declared, because compiled they are machine integers then, and nobody says what a struct unpacks to.
+        kind: int
+        flags: int
+        length: int
+        stream_id: int
         while end - pos >= HEADER_SIZE:
             kind, flags, length, stream_id = unpack(view, pos)
             body = pos + HEADER_SIZE
             stop = body + length
-            if kind == 0 and flags < 3 and length <= max_frame and (length or flags) and stream_id in streams:
+            stream = streams.get(stream_id) if kind == 0 else None
+            if stream is not None and flags < 3 and length <= max_frame and (length or flags):
                 # The short way, for what is nearly everything: sound DATA of a live stream.
                 if stop > end:
                     break
-                self._data(streams[stream_id], flags, view[body:stop], length)
+                self._data(stream, flags, view[body:stop], length)
             else:
                 check_header(kind, flags, length, stream_id, max_frame)
                 if not mux.hello_received:

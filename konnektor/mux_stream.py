@@ -18,6 +18,7 @@ from konnektor.errors import (
     StreamStateError,
 )
 from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, Buffer, OpenTLV
+from konnektor.scheduler import Flow
 from konnektor.states import (
     EVENT_DO_ACCEPT,
     EVENT_DO_FINISH,
@@ -84,7 +85,7 @@ class DatagramSink(Sink, Protocol):
         """A datagram came. ``data`` is valid during the call only."""
 
 
-class MuxStream:
+class MuxStream(Flow):
     """A stream as the multiplexer keeps it. Made by ``Mux.open`` and ``Handler.stream_opened``.
 
     Attributes:
@@ -100,13 +101,13 @@ class MuxStream:
     """
 
     __slots__ = (
+        "_head",
         "_mux",
         "_queue",
         "accept_tlvs",
         "credit_due",
         "datagrams",
         "deadline",
-        "deficit",
         "finish_wanted",
         "forgotten",
         "id",
@@ -114,8 +115,6 @@ class MuxStream:
         "low_water",
         "name",
         "pinned",
-        "place",
-        "priority",
         "priority_due",
         "queued",
         "receive_window",
@@ -129,14 +128,11 @@ class MuxStream:
         "send_window",
         "sending",
         "sink",
-        "spent",
-        "spent_at",
         "stop_code",
         "stop_due",
         "stop_received",
         "tlvs",
         "watch",
-        "weight",
     )
 
     def __init__(
@@ -150,6 +146,7 @@ class MuxStream:
         sending: Sending,
         now: float,
     ) -> None:
+        super().__init__(priority)
         self._mux = mux
         self.sink = sink
         self.id = 0
@@ -159,6 +156,9 @@ class MuxStream:
         self.sending = sending
         self.receive_window = ReceiveWindow(mux.pool, mux.limits.max_window, now)
         self.send_window = SendWindow(0)
+        # What waits to be sent: the first chunk, and those behind it. Mostly there is one and no more, and most streams are
+        # idle: a deque takes 600 bytes, and longer to make than to send a small message takes.
+        self._head: Buffer | None = None
         self._queue: deque[Buffer] | None = None
         self.queued = 0
         self.datagrams: DatagramQueue | None = None
@@ -167,13 +167,6 @@ class MuxStream:
         self.finish_wanted = False
         self.deadline = 0.0
         self.watch: int | None = None
-        # the scheduler's
-        self.place = 0
-        self.deficit = 0
-        self.spent = 0.0
-        self.spent_at = 0.0
-        self.priority = priority
-        self.weight = 1
         self.pinned = False
         # what is to be said at the next rendering
         self.in_control = False
@@ -253,10 +246,12 @@ class MuxStream:
             self._check_sendable()
         if not data:
             return
-        queue = self._queue
-        if queue is None:
-            queue = self._queue = deque()
-        queue.append(data)
+        if self._head is None:
+            self._head = data
+        elif self._queue is None:
+            self._queue = deque((data,))
+        else:
+            self._queue.append(data)
         self.queued += len(data)
         if not self.place:
             self._mux.activate(self)
@@ -429,26 +424,34 @@ class MuxStream:
 
     def take(self, count: int, parts: list[Buffer]) -> None:
         """Moves ``count`` queued bytes to ``parts``, whole chunks uncopied."""
-        queue = self._queue
-        assert queue is not None
         self.queued -= count
+        head = self._head
         while count:
-            chunk = queue.popleft()
-            size = len(chunk)
+            assert head is not None
+            size = len(head)
             if size > count:
-                view = memoryview(chunk)
-                queue.appendleft(view[count:])
-                chunk = view[:count]
-                size = count
-            parts.append(chunk)
+                view = memoryview(head)
+                parts.append(view[:count])
+                head = view[count:]
+                break
+            parts.append(head)
             count -= size
+            head = self._next_chunk()
+        self._head = head
+
+    def _next_chunk(self) -> Buffer | None:
+        """The one behind the head of the queue."""
+        queue = self._queue
+        if queue is None:
+            return None
+        chunk = queue.popleft()
         if not queue:
-            # An empty deque is 600 bytes, and most streams are idle.
             self._queue = None
+        return chunk
 
     def drop_queue(self) -> None:
         """What is queued will not be sent."""
-        self._queue = None
+        self._head = self._queue = None
         self.queued = 0
         self.room_wanted = False
         if self.datagrams is not None:
@@ -483,7 +486,7 @@ class MuxStream:
         """For tests."""
         self.receive_window.assert_invariants()
         self.send_window.assert_invariants()
-        assert self.queued == sum(map(len, self._queue or ()))
+        assert self.queued == len(self._head or b"") + sum(map(len, self._queue or ()))
         assert not self.datagrams or self.sending in (SENDING_OPEN, SENDING_FINISHING, SENDING_UNSENT)
 
 

@@ -16,7 +16,7 @@ The quantum is the class's share: interactive 8, default 4, bulk 1, times the st
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, Protocol
+from typing import Final
 
 __all__ = ["IDLE", "Flow", "Scheduler"]
 
@@ -38,21 +38,30 @@ FRESH_RUN: Final = 256 * 1024
 """Bytes fresh streams may send in a row while others wait."""
 
 
-class Flow(Protocol):
-    """What the scheduler keeps on a stream."""
+class Flow:
+    """What the scheduler keeps on a stream, which derives from this.
 
-    place: int
-    """IDLE, FRESH or WAITING."""
-    deficit: int
-    """Bytes it may send before the next stream's turn."""
-    spent: float
-    """How much of the bucket is gone."""
-    spent_at: float
-    """When ``spent`` was true."""
-    priority: int
-    """Class: index into SHARES."""
-    weight: int
-    """1 to 255."""
+    Args:
+        priority: class: index into SHARES.
+
+    Attributes:
+        place: IDLE, FRESH or WAITING.
+        deficit: bytes it may send before the next stream's turn.
+        spent: how much of the bucket is gone.
+        spent_at: when ``spent`` was true.
+        priority: as given.
+        weight: 1 to 255.
+    """
+
+    __slots__ = ("deficit", "place", "priority", "spent", "spent_at", "weight")
+
+    def __init__(self, priority: int) -> None:
+        self.place: int = IDLE
+        self.deficit = 0
+        self.spent = 0.0
+        self.spent_at = 0.0
+        self.priority = priority
+        self.weight = 1
 
 
 class Scheduler:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from konnektor.scheduler import IDLE, Scheduler
-
-
-class Flow:
-    __slots__ = ("deficit", "place", "priority", "spent", "spent_at", "weight")
-
-    def __init__(self, priority):
-        self.place, self.deficit, self.spent, self.spent_at, self.priority, self.weight = IDLE, 0, 0.0, 0.0, priority, 1
-
+from konnektor.scheduler import Flow, Scheduler
 
 TURNS = 1000
 

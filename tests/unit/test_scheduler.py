@@ -6,15 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from konnektor import scheduler as core
 from konnektor.scheduler import BUCKET, FRESH, FRESH_RUN, IDLE, QUANTUM, REFILL, WAITING, Scheduler
 
 
-class Flow:
+class Flow(core.Flow):
     def __init__(self, priority=1, weight=1):
-        self.place = IDLE
-        self.deficit = 0
-        self.spent = self.spent_at = 0.0
-        self.priority = priority
+        super().__init__(priority)
         self.weight = weight
 
 
