@@ -120,6 +120,11 @@ class Drain:
             return Step.CLOSE
         return Step.WAIT
 
+    def refuses(self, stream_id: int, now: float) -> bool:
+        """Whether an OPEN comes too late: behind the second GOAWAY, or when the grace of the streams is over."""
+        too_high = self.last_taken is not None and stream_id > self.last_taken
+        return too_high or self._linger_ends < math.inf or now >= self._grace_ends
+
     def linger(self, now: float) -> None:
         """The streams have ended or been reset."""
         self._grace_ends = math.inf

@@ -56,8 +56,8 @@ LONGER: Final = 1.25
 """They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
 CLEAN_FLIGHT: Final = 64 * 1024
 """A PING sent behind no more than this measures the path rather than our own queue."""
-BATCH_COST: Final = 512
-"""Bytes that a batch costs beside its frames, here and in the replay buffer."""
+LONGEST: Final = 10.0
+"""Seconds of the longest round trip that is believed."""
 REPORT_EVERY: Final = 64 * 1024
 """Bytes of datagrams after which the peer is asked how far it is."""
 CLEAN_EVERY: Final = 40
@@ -153,11 +153,6 @@ class Flight:
         self.unreported += size
 
     @property
-    def footprint(self) -> int:
-        """Bytes of memory that unacknowledged frames take, about: tiny ones cost more than they weigh."""
-        return self.sequenced + BATCH_COST * len(self._batches)
-
-    @property
     def report_wanted(self) -> bool:
         """Whether so much has gone out in datagrams since the last PING that there should be another."""
         return self.unreported >= REPORT_EVERY
@@ -227,7 +222,9 @@ class Flight:
         """A PONG came ``sample`` seconds after its PING; ``received`` bytes in all."""
         self.in_flight -= self._reporting
         self._reporting = 0
-        sample = max(sample, 1e-6)
+        # No path takes longer; a peer that holds its answers back does, or a process that was stopped meanwhile. Deadlines are
+        # stretched by multiples of this.
+        sample = min(max(sample, 1e-6), LONGEST)
         self.rtt = sample if not self.rtt else self.rtt + (sample - self.rtt) / 8
         if self._ping_clean and not (self._ping_paused and received - self._received > CLEAN_FLIGHT):
             paths = self._paths

@@ -181,7 +181,8 @@ class Inbound:
             case Ack(seq):
                 mux.acked(seq, now)
             case Credit():
-                self.abuse.credit(mux.admission.opens, mux.flight.sent)
+                # An empty DATA is the answer to a CREDIT that was no use: it must not buy the next one.
+                self.abuse.credit(mux.admission.opens, mux.flight.sent - mux.outbound.empties)
                 stream = self._stream_of(frame)
                 if stream is not None and stream.send_window.raise_limit(frame.max_offset):
                     mux.activate(stream)
@@ -257,7 +258,8 @@ class Inbound:
         mux = self._mux
         mux.admission.take(frame.stream)
         mux.grant_opens()
-        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, frame.tlvs, RECEIVING_OPEN, SENDING_UNDECIDED, now)
+        tlvs = _kept(frame.tlvs)
+        stream = MuxStream(mux, _UNSET, frame.name, frame.priority, tlvs, RECEIVING_OPEN, SENDING_UNDECIDED, now)
         stream.id = frame.stream
         stream.send_window.limit = mux.peer.initial_window
         mux.streams[frame.stream] = stream
@@ -267,11 +269,10 @@ class Inbound:
         allowed = mux.limits.open_deadline if raw is None else min(MAX_DEADLINE, int.from_bytes(raw, "big") / 1000)
         stream.deadline = now + allowed
         unknown = _critical(frame.tlvs)
-        last_taken = mux.leaving.last_taken
         if unknown is not None:
             stream.released = True
             stream.refuse(Code.UNSUPPORTED, f"OPEN with unknown critical parameter {unknown}")
-        elif last_taken is not None and frame.stream > last_taken:
+        elif mux.leaving.refuses(frame.stream, now):
             stream.released = True
             stream.refuse(Code.LIMIT, "this side is draining")
         else:
@@ -308,7 +309,7 @@ class Inbound:
             text = f"ACCEPT with unknown critical parameter {unknown}"
             stream.break_off(stream_error(Code.UNSUPPORTED, text), Code.UNSUPPORTED)
             return
-        stream.tlvs = frame.tlvs
+        stream.tlvs = _kept(frame.tlvs)
         stream.sink.accepted()
         if stream.datagrams:
             self._mux.activate(stream)
@@ -373,6 +374,14 @@ class Inbound:
 
 def _name(frame: Frame) -> str:
     return type(frame).__name__.upper()
+
+
+_KNOWN: Final = frozenset(map(int, OpenTLV))
+
+
+def _kept(tlvs: Mapping[int, bytes]) -> Mapping[int, bytes]:
+    """What is kept of the parameters of an OPEN or ACCEPT: of those that nobody knows there may be thousands."""
+    return {tlv: value for tlv, value in tlvs.items() if tlv in _KNOWN}
 
 
 def _critical(tlvs: Mapping[int, bytes]) -> int | None:

@@ -23,7 +23,7 @@ from typing import Final
 from konnektor.abuse import OWN_PINGS, PING_BYTES, PINGS, Allowance, too_often
 from konnektor.errors import ProtocolError
 
-__all__ = ["Liveness"]
+__all__ = ["LATE_TIMER", "Liveness"]
 
 PING_INTERVAL: Final = 0.5
 SILENCE: Final = 15.0
@@ -32,6 +32,8 @@ LATE_TIMER: Final = 1.0
 JUDGING: Final = 0.05
 """Seconds the driver gets to read what may have come meanwhile."""
 STUCK: Final = 30.0
+UNANSWERED: Final = 120.0
+"""Seconds that the answer to a PING may take while other bytes come: what lies ahead of it on a slow path is on its way."""
 
 
 class Liveness:
@@ -45,6 +47,7 @@ class Liveness:
     """
 
     __slots__ = (
+        "_asked_at",
         "_blocked_at",
         "_established",
         "_judging",
@@ -71,6 +74,7 @@ class Liveness:
         self._pace = Allowance(*OWN_PINGS)
         self._ping_count = 0
         self._ping_sent_at: float | None = None
+        self._asked_at = math.inf
         self._pinged_at = -math.inf
         self._report_out = False
         self._progress_at = math.inf
@@ -96,7 +100,7 @@ class Liveness:
     def suspended(self) -> None:
         """The connection is gone: nothing is expected."""
         self._ping_sent_at = None
-        self._progress_at = self._blocked_at = math.inf
+        self._asked_at = self._progress_at = self._blocked_at = math.inf
         self.ping_due = False
         self.due = math.inf
 
@@ -120,6 +124,7 @@ class Liveness:
             raise ProtocolError("a PONG that matches no PING")
         rtt = now - self._ping_sent_at
         self._ping_sent_at = None
+        self._asked_at = math.inf
         return rtt
 
     def asked(self, received: int, now: float) -> None:
@@ -189,7 +194,7 @@ class Liveness:
         self.ping_due = False
         self._ping_count += 1
         self._pace.take(sent // PING_BYTES, now)
-        self._ping_sent_at = now
+        self._ping_sent_at = self._asked_at = now
         self._report_out = report
         if not report:
             self._pinged_at = now
@@ -212,10 +217,13 @@ class Liveness:
             self.heard_at = now - silence
             self._judging = False
             self._progress_at = max(self._progress_at, now)
+            self._asked_at = max(self._asked_at, now)
             self._blocked_at = max(self._blocked_at, now)
         # Sums are compared, not differences: due must lie ahead whatever the rounding.
         if now >= self._progress_at + self.stuck and self.heard_at > self._progress_at:
             return f"the peer has acknowledged nothing for {now - self._progress_at:.0f} s"
+        if now >= self._asked_at + UNANSWERED and self.heard_at > self._asked_at:
+            return f"the peer has left a PING unanswered for {now - self._asked_at:.0f} s"
         if now >= self._blocked_at + self.stuck:
             return f"the peer has taken nothing for {now - self._blocked_at:.0f} s"
         ping_at = self.heard_at + silence

@@ -47,7 +47,7 @@ from konnektor.flight import Flight
 from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, is_type_name
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
-from konnektor.liveness import Liveness
+from konnektor.liveness import LATE_TIMER, Liveness
 from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
 from konnektor.outbound import BATCH, PAYLOAD, TIGHT_BATCH, Outbound, joined
 from konnektor.replay import Ticket
@@ -152,7 +152,7 @@ class Mux:
         """Our streams whose OPEN is not on the wire."""
         self.control: deque[MuxStream] = deque()
         """Streams that have something to say besides data."""
-        self.owed: deque[tuple[int, MuxStream]] = deque()
+        self.owed: deque[tuple[int, int]] = deque()
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
         self._owing: list[MuxStream] = []
         """Streams whose peer owed their end when the connection broke."""
@@ -371,9 +371,10 @@ class Mux:
         chunks = joined(parts)
         if replay is not None and (new := flight.sequenced - sequenced):
             lossy = frozenset(self.outbound.lossy)
-            kept = joined([part for at, part in enumerate(parts) if at not in lossy]) if lossy else chunks
-            replay.keep(kept, new)
-            if self.pool.lent or flight.footprint > self.limits.replay_buffer:
+            kept = [part for at, part in enumerate(parts) if at not in lossy] if lossy else parts
+            # Large payloads are kept as they are held anyway: what was joined with their headers would be a copy more.
+            replay.keep(kept if len(chunks) > 1 else joined(kept), new)
+            if self.pool.lent or replay.footprint > self.limits.replay_buffer:
                 self.resumption.book()
         for chunk in chunks:
             self.bytes_sent += len(chunk)
@@ -381,6 +382,7 @@ class Mux:
 
     def handle_timeout(self, now: float) -> None:
         """Does what is due at ``now``; call at ``next_deadline`` or whenever."""
+        stalled = now - self._armed > LATE_TIMER
         self._armed = math.inf
         if self.error is not None:
             return
@@ -390,7 +392,7 @@ class Mux:
         self.outbound.check(now)
         for stream in self._deadlines.expire(now):
             stream.watch = None
-            self._deadline_passed(stream, now)
+            self._deadline_passed(stream, now, stalled=stalled)
         if now >= self.liveness.due:
             self._check_alive(now)
         if now >= self.resumption.due:
@@ -409,7 +411,7 @@ class Mux:
         elif self.liveness.ping_ready:
             self.wake()
 
-    def _deadline_passed(self, stream: MuxStream, now: float) -> None:
+    def _deadline_passed(self, stream: MuxStream, now: float, *, stalled: bool) -> None:
         if stream.sending is SENDING_UNSENT:
             self._abandon(stream, stream_error(Code.LIMIT, "no stream was allowed within the deadline", refused=True))
         elif stream.receiving is RECEIVING_AWAITING:
@@ -421,6 +423,9 @@ class Mux:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
         elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
+        elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP) and stalled:
+            # It was this process that stood still; what it was owed may be there, unread.
+            self.watch(stream, now + RESET_OWED)
         elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
             text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
             self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
@@ -464,8 +469,8 @@ class Mux:
         self.liveness.acked(now, all_of_it=seq == flight.sent)
         owed = self.owed
         while owed and owed[0][0] <= seq:
-            stream = owed.popleft()[1]
-            if stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
+            stream = self.streams.get(owed.popleft()[1])
+            if stream is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
                 self.unwatch(stream)
                 self.watch(stream, now + RESET_OWED)
         if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from konnektor.abuse import OWN_HINTS, Allowance
@@ -70,6 +71,12 @@ PAYLOAD: Final = 64 * 1024 - HEADER_SIZE
 FRESH_PAYLOAD: Final = 16 * 1024
 """Largest DATA payload that may pass the cap on bytes in flight, for a stream that was idle."""
 
+UNACKNOWLEDGED: Final = 65_536
+"""Frames that may be unacknowledged where none is kept to be sent again: of each its size is remembered, and little more."""
+
+OWED_ENDED: Final = 64
+"""Streams that have ended and are still in ``Mux.owed``, at least, before it is cleared of them."""
+
 MAX_GRACE: Final = 2**32 / 1000
 """Seconds: as long as GOAWAY can say."""
 
@@ -109,16 +116,18 @@ class Outbound:
     Attributes:
         hello_sent: HELLO went out, and is not due again.
         streams_due: a STREAMS is worth sending.
+        empties: DATA frames that said BLOCKED and nothing else.
         lossy: which parts of the latest batch are datagrams: they are not sent again.
         due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hints", "_mux", "_waiting", "due", "hello_sent", "lossy", "streams_due")
+    __slots__ = ("_hints", "_mux", "_waiting", "due", "empties", "hello_sent", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self.hello_sent = False
         self.streams_due = False
+        self.empties = 0
         self.lossy: list[int] = []
         self.due = math.inf
         self._hints = Allowance(*OWN_HINTS)
@@ -156,14 +165,18 @@ class Outbound:
         if mux.inbound.pong is not None or mux.inbound.acks.due or mux.liveness.ping_due or flight.unreported:
             size += self._unsequenced(parts, now)
         sequenced_from = len(parts)
-        if resumption.replaying:
-            parts.append(resumption.replaying.popleft())
-            return True
+        if resumption.replaying is not None:
+            if again := next(resumption.replaying, None):
+                parts.append(again)
+                return True
+            resumption.replaying = None
         if resumption.replay is not None:
-            kept = flight.footprint
+            kept = resumption.replay.footprint
             if kept >= mux.limits.replay_buffer and kept >= resumption.room:
                 # Full, it blocks; it never trims.
                 return False
+        elif flight.sent - flight.acked >= UNACKNOWLEDGED:
+            return False
         sent_before = flight.sent
         if self.streams_due or mux.leaving.goaway_due:
             size += self._session_control(parts, now)
@@ -224,7 +237,9 @@ class Outbound:
         if self._mux.flight.pause_wanted(now):
             # A PING behind a queue of our own measures the queue: let it drain first.
             return True
-        parts.insert(place, self._ping(now))
+        if not self._mux.liveness.ping_out:
+            # One PING is out at a time; if it is a report's, this one follows as soon as that is answered.
+            parts.insert(place, self._ping(now))
         return False
 
     def _unsequenced(self, parts: list[Buffer], now: float) -> int:
@@ -239,8 +254,10 @@ class Outbound:
         if mux.liveness.ping_ready:
             self._pace_ping(parts, now, report=False)
         elif not mux.liveness.ping_out and (mux.flight.report_wanted or (mux.flight.pausing and mux.flight.unreported)):
-            # Of datagrams only a PONG tells that they are gone: where they are in its way, the next one measures.
-            self._pace_ping(parts, now, report=True)
+            # Of datagrams only a PONG tells that they are gone. One that measures tells it, too, and a report upon the
+            # other must not keep that from going.
+            measures = mux.liveness.measure_due(now) and not mux.flight.pause_wanted(now)
+            self._pace_ping(parts, now, report=not measures)
         return sum(map(len, parts[before:]))
 
     def _session_control(self, parts: list[Buffer], now: float) -> int:
@@ -299,12 +316,20 @@ class Outbound:
                 self._wait(self._hints.ready_at(opens))
         parts.extend(map(self._sequenced, frames))
         if owed:
-            self._mux.owed.append((self._mux.flight.sent, stream))
+            self._owe(stream)
         if stream.queued or stream.datagrams or stream.sending is SENDING_FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
         return sum(map(len, frames))
+
+    def _owe(self, stream: MuxStream) -> None:
+        """The peer has to end the stream, once it has acknowledged what was just said of it."""
+        mux = self._mux
+        mux.owed.append((mux.flight.sent, stream.id))
+        if len(mux.owed) > 2 * len(mux.streams) + OWED_ENDED:
+            # It ended most of them without acknowledging anything. However long it goes on so, nothing is kept of them.
+            mux.owed = deque(each for each in mux.owed if each[1] in mux.streams)
 
     def _open(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
         """OPEN: from here on the stream exists, and has its id."""
@@ -370,6 +395,8 @@ class Outbound:
             elif count == 0 or window.limit - window.sent - count < min(left, 1024):
                 flags = 2
                 window.blocked_at = window.limit
+                if not count:
+                    self.empties += 1
             parts.append(data_header(0, flags, count, stream.id))
             if count:
                 window.sent += count

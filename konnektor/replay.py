@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hmac
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from struct import Struct
 from typing import Final
 
@@ -22,6 +22,8 @@ __all__ = ["KEY_SIZE", "SESSION_ID_SIZE", "Replay", "Ticket"]
 
 SESSION_ID_SIZE: Final = 16
 KEY_SIZE: Final = 32
+BATCH_COST: Final = 512
+"""Bytes of memory that a batch takes beside its frames, here and where its delivery is timed."""
 _COUNTS: Final = Struct(">IQ")
 
 
@@ -32,13 +34,19 @@ class Replay:
 
     Attributes:
         sent: in all.
+        acked: of these, what the peer has taken in.
     """
 
-    __slots__ = ("_batches", "sent")
+    __slots__ = ("_batches", "acked", "sent")
 
     def __init__(self) -> None:
         self._batches: deque[tuple[int, Sequence[Buffer], int]] = deque()
-        self.sent = 0
+        self.sent = self.acked = 0
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of memory that it takes, about: tiny frames cost more than they weigh."""
+        return self.sent - self.acked + BATCH_COST * len(self._batches)
 
     def keep(self, batch: Sequence[Buffer], size: int) -> None:
         """A batch goes out, whose sequenced frames are its last ``size`` bytes."""
@@ -47,17 +55,17 @@ class Replay:
 
     def release(self, acked: int) -> None:
         """The peer has taken in ``acked`` bytes in all."""
+        self.acked = acked
         batches = self._batches
         while batches and batches[0][0] <= acked:
             batches.popleft()
 
-    def rest(self, acked: int) -> deque[bytes]:
-        """What is to be sent again: whole frames, in order."""
-        parts: deque[bytes] = deque()
-        for end, batch, size in self._batches:
-            data = b"".join(batch)
-            parts.append(data[len(data) - max(0, min(size, end - acked)) :])
-        return parts
+    def rest(self, acked: int) -> Iterator[bytes]:
+        """What is to be sent again: whole frames, in order, of one batch at a time.
+
+        Each is joined when its turn comes: together they would be a second copy of everything.
+        """
+        return (b"".join(batch)[-min(size, end - acked) :] for end, batch, size in list(self._batches) if end > acked)
 
 
 class Ticket:

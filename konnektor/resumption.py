@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from konnektor.errors import Code, ProtocolError, SessionError, StreamError, stream_error
@@ -38,7 +38,7 @@ class Resumption:
         ticket: what it takes to go on; None if the two sides have not agreed to it.
         replay: what may have to be sent again; None without a ticket.
         greeting: the RESUMED that goes ahead of everything else, until it is sent.
-        replaying: what is being sent again, frame after whole frame; None or empty if nothing is.
+        replaying: what is being sent again, batch after batch of whole frames; None if nothing is.
         suspended: the connection broke, and another may come.
         reason: how it broke, the last time.
         rejoining: the peer wants to go on with another session over this connection: this one will never be, unless
@@ -70,7 +70,7 @@ class Resumption:
         # A client may send before it knows what the server offers.
         self.replay = Replay() if offered else None
         self.greeting = b""
-        self.replaying: deque[bytes] | None = None
+        self.replaying: Iterator[bytes] | None = None
         self.suspended = False
         self.rejoining = False
         self.client_nonce = b""
@@ -102,7 +102,8 @@ class Resumption:
 
     def book(self) -> None:
         """Takes from the pool, or gives back, what is kept beyond the bytes set aside."""
-        self._mux.pool.lend(self._mux.flight.footprint - self._mux.limits.replay_buffer)
+        assert self.replay is not None
+        self._mux.pool.lend(self.replay.footprint - self._mux.limits.replay_buffer)
 
     @property
     def given_up(self) -> bool:

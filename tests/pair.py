@@ -9,12 +9,11 @@ import itertools
 import math
 
 from konnektor.errors import CalmError, Code, SessionError
-from konnektor.flight import BATCH_COST
 from konnektor.frames import Feature
 from konnektor.limits import KIB, Limits
 from konnektor.mux import BATCH, Mux
 from konnektor.rejoin import Rejoin
-from konnektor.replay import Ticket
+from konnektor.replay import BATCH_COST, Ticket
 from konnektor.settings import Settings
 from konnektor.states import Receiving, Sending
 
@@ -279,9 +278,10 @@ class Side:
             assert mux.pool.extra == extra, (mux.pool.extra, extra)
             own = sum(1 for s in self.all if s.id and s.id & 1 == mux.admission.next_id & 1 and not s.retired)
             assert mux.pool.slots == self.limits.initial_streams + own
-            over = mux.flight.footprint - self.limits.replay_buffer
+            replay = mux.resumption.replay
+            over = replay.footprint - self.limits.replay_buffer if replay is not None else 0
             assert mux.pool.lent <= max(0, over)
-            assert mux.resumption.replay is None or over <= mux.pool.lent + BATCH + BATCH_COST + 64 * KIB
+            assert over <= mux.pool.lent + BATCH + BATCH_COST + 64 * KIB
             assert (mux.next_deadline() or 0) >= (self.timer or 0) - 1e-9 or mux.next_deadline() is None
             assert self.timer is not None
             if mux.leaving.begun or mux.draining:

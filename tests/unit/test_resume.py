@@ -153,7 +153,7 @@ def test_full_replay_buffers_block_and_do_not_deadlock():
         for side in pair.sides:
             side.flush()
             flight, room = side.mux.flight, side.mux.resumption.room
-            full += flight.footprint >= room
+            full += side.mux.resumption.replay.footprint >= room
             assert flight.sequenced <= room + 64 * KIB
         pair.cut(100_000, 150_000)
         pair.resume()
@@ -179,8 +179,8 @@ def test_what_the_pool_can_spare_holds_what_was_sent():
     for stream, _ in streams:
         stream.write(bytes(3 * MIB))
     pair.client.flush()
-    assert 256 * KIB < mux.flight.footprint <= room
-    assert mux.pool.lent == mux.flight.footprint - 256 * KIB
+    assert 256 * KIB < mux.resumption.replay.footprint <= room
+    assert mux.pool.lent == mux.resumption.replay.footprint - 256 * KIB
     before = mux.pool.lent
     pair.client.deliver(800_000)
     pair.server.flush()
@@ -201,7 +201,7 @@ def test_what_waited_for_room_in_the_replay_buffer_is_not_forgotten():
     for stream, _ in streams:
         stream.write(b"x" * 64 * KIB)
     pair.client.flush()
-    assert pair.client.mux.flight.footprint >= 256 * KIB
+    assert pair.client.mux.resumption.replay.footprint >= 256 * KIB
     assert sum(stream.queued for stream, _ in streams)
     pair.client.mux.drain(60, pair.now)
     pair.client.flush()
