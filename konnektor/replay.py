@@ -91,9 +91,9 @@ class Ticket:
         Raises:
             ProtocolError: malformed.
         """
-        session_id, key = tlvs.get(HelloTLV.SESSION_ID, b""), tlvs.get(HelloTLV.RESUME_KEY, b"")
-        if not session_id and not key:
+        if HelloTLV.SESSION_ID not in tlvs and HelloTLV.RESUME_KEY not in tlvs:
             return None
+        session_id, key = tlvs.get(HelloTLV.SESSION_ID, b""), tlvs.get(HelloTLV.RESUME_KEY, b"")
         if len(session_id) != SESSION_ID_SIZE or len(key) != KEY_SIZE:
             raise ProtocolError(f"a session id of {len(session_id)} bytes with a key of {len(key)}, not 16 and 32")
         return cls(session_id, key)

@@ -122,9 +122,12 @@ class Settings:
         def lines(tlv: HelloTLV) -> list[str]:
             return [clean_text(line) for line in tlvs.get(tlv, b"").split(b"\n") if line]
 
-        instance = tlvs.get(HelloTLV.INSTANCE, b"")
-        if len(instance) not in (0, 16):
+        instance = tlvs.get(HelloTLV.INSTANCE)
+        if instance is not None and len(instance) != 16:
             raise ProtocolError(f"setting INSTANCE of {len(instance)} bytes, not 16")
+        for tlv in (HelloTLV.RESUME_INTENT, HelloTLV.AFRESH):
+            if tlvs.get(tlv):
+                raise ProtocolError(f"setting {tlv.name} of {len(tlvs[tlv])} bytes; it has none")
         return cls(
             max_frame=min(number(HelloTLV.MAX_FRAME, FLOORS.max_frame), 65_535),
             initial_window=number(HelloTLV.INITIAL_WINDOW, FLOORS.initial_window),
@@ -132,7 +135,7 @@ class Settings:
             idle_timeout=number(HelloTLV.IDLE_TIMEOUT, int(FLOORS.idle_timeout * 1000)) / 1000,
             features=number(HelloTLV.FEATURES, 0),
             software=clean_text(tlvs.get(HelloTLV.SOFTWARE, b"")),
-            instance=instance,
+            instance=instance or b"",
             name=clean_text(tlvs.get(HelloTLV.NAME, b"")),
             routes=tuple(lines(HelloTLV.ROUTES)),
             labels=dict(line.partition("=")[::2] for line in lines(HelloTLV.LABELS)),
