@@ -8,6 +8,7 @@ import click
 
 from konnektor.addresses import Forward, format_hostport, format_protocol, parse_forward, parse_hostport
 from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
+from konnektor.cli.places import check_places
 from konnektor.control_plane import ControlPlane
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.limits import parse_size
@@ -86,6 +87,7 @@ def control_plane(
 
     Prints one line when it is ready: ready tunnel=HOST:PORT http=HOST:PORT forward=...
     """
+    check_places(listen, frontends, forwards)
 
     async def main() -> int:
         endpoint = ControlPlane(

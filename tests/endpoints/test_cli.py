@@ -179,6 +179,33 @@ def test_usage(run, arguments, text):
     assert text in sentence(run(*arguments), 2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--forward", "h:1=a/x:1", "--forward", "h:1=b/y:1"], "--forward h:1 is given twice"),
+        (["--forward", "udp:[::1]:9=a/x:1", "--forward", "udp:[::1]:9=b/y:1"], "--forward udp:[::1]:9 is given twice"),
+        (["--frontend", "http://127.0.0.1:9"] * 2, "--frontend http://127.0.0.1:9 is given twice"),
+        (["--frontend", "http+unix:///a"] * 2, "--frontend http+unix:///a is given twice"),
+        (
+            ["--frontend", "http://127.0.0.1:9", "--forward", "127.0.0.1:9=a/x:1"],
+            "--forward 127.0.0.1:9 is where --frontend http://127.0.0.1:9 listens already",
+        ),
+        (["--forward", "127.0.0.1:7=a/x:1"], "--forward 127.0.0.1:7 is where --listen 127.0.0.1:7 listens already"),
+        (["--forward", "0.0.0.0:7=a/x:1"], "--forward 0.0.0.0:7 is where --listen 127.0.0.1:7 listens already"),
+        (["--forward", "localhost:7=a/x:1"], "--forward localhost:7 is where --listen 127.0.0.1:7 listens already"),
+    ],
+)
+def test_an_address_given_twice_is_no_other_programs(run, flags, text):
+    plane = ["control-plane", "--listen", "127.0.0.1:7", *PLANE[3:]]
+    assert text + ": give one of them another address" in sentence(run(*plane, *flags), 2)
+
+
+def test_addresses_that_do_not_meet(run):
+    plane = ["control-plane", "--listen", "127.0.0.1:7", *PLANE[3:]]
+    for where in ("127.0.0.2:7", "[::]:7", "[::1]:7", "udp:127.0.0.1:7", "h:7", "127.0.0.1:8"):
+        sentence(run(*plane, "--forward", f"{where}=a/x:1"), 3)  # the next thing that is wrong: the files
+
+
 # Certificates and keys, status 3
 
 
