@@ -10,8 +10,9 @@ from konnektor.addresses import Forward, format_hostport, format_protocol, parse
 from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.cli.places import check_places
 from konnektor.control_plane import ControlPlane
+from konnektor.errors import ConfigurationError
 from konnektor.frontends.urls import Frontend, parse_frontend
-from konnektor.limits import parse_size
+from konnektor.limits import format_size, parse_size
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
 from konnektor.runtime import run, serve
@@ -88,6 +89,12 @@ def control_plane(
     Prints one line when it is ready: ready tunnel=HOST:PORT http=HOST:PORT forward=...
     """
     check_places(listen, frontends, forwards)
+    one = common.limits.session_memory
+    if memory is not None and memory < one:
+        raise ConfigurationError(
+            f"--memory {format_size(memory)} is less than one session may be granted, {format_size(one)}: raise it, or "
+            "lower --receive-pool, --max-streams and --replay-buffer"
+        )
 
     async def main() -> int:
         endpoint = ControlPlane(
