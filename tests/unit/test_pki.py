@@ -224,7 +224,7 @@ def test_a_key_of_another_ca(ca, tmp_path):
 
 def test_a_ca_without_its_key(ca):
     (ca / "ca.key").unlink()
-    with pytest.raises(CertificateError, match=r"CA key file .*ca.key does not exist"):
+    with pytest.raises(CertificateError, match=r"CA key file .*ca.key does not exist; restore it"):
         pki.issue(ca, "worker", "w")
 
 
