@@ -296,8 +296,17 @@ def test_a_port_in_use(run, certs):
 
 def test_a_path_in_use(run, certs, tmp_path):
     (tmp_path / "x").touch()
-    text = sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", f"http+unix://{tmp_path}/x"), 4)
-    assert text.endswith("something that is not a socket is there; remove it first")
+    plane = [*PLANE[:3], *flags(certs.plane), "--frontend"]
+    text = f"konnektor: cannot listen on {tmp_path}/"
+    taken = sentence(run(*plane, f"http+unix://{tmp_path}/x"), 4)
+    assert taken == f"{text}x: something that is not a socket is there; remove it first"
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(f"{tmp_path}/live")
+        live.listen()
+        taken = sentence(run(*plane, f"http+unix://{tmp_path}/live"), 4)
+    assert taken == f"{text}live: another program is listening there; stop it or choose another path"
+    missing = sentence(run(*plane, f"http+unix://{tmp_path}/no/x"), 4)
+    assert missing == f"{text}no/x: its directory does not exist; make it first"
 
 
 # The peer, status 5 with --once
