@@ -41,6 +41,7 @@ __all__ = ["CA_CERT", "CA_KEY", "Issued", "init_ca", "issue"]
 
 CA_CERT: Final = "ca.pem"
 CA_KEY: Final = "ca.key"
+_CA_NAME: Final = "ca"
 
 _BACKDATE: Final = timedelta(minutes=5)
 """Clocks of two machines differ; a fresh certificate must be valid on both."""
@@ -134,12 +135,13 @@ def issue(
         role = Role(role)
     except ValueError:
         raise ConfigurationError(f"role {role!r} is unknown; use {', '.join(Role)}") from None
-    check_name(name)
+    if check_name(name) == _CA_NAME:
+        raise ConfigurationError(f"name {name} is reserved: {CA_CERT} and {CA_KEY} are the CA's; choose another name")
     lifetime = _lifetime(days)
     hosts = [_host(san) for san in sans]
     if role is Role.CONTROL_PLANE:
         hosts = _own_names(name) + (hosts or [_host(host) for host in _LOCAL])
-    folder = Path(directory)
+    folder = _named(directory)
     authority, signer, trust_domain = _load_ca(folder)
 
     key = ec.generate_private_key(ec.SECP256R1())
@@ -168,14 +170,23 @@ def _made(directory: str | os.PathLike[str]) -> Path:
     """The directory, which is there now.
 
     Raises:
-        ConfigurationError: it cannot be made.
+        ConfigurationError: it has no name, or cannot be made.
     """
-    folder = Path(directory)
+    folder = _named(directory)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"directory {folder} cannot be made: {error.strerror}") from None
+        raise ConfigurationError(
+            f"directory {folder} cannot be made: {error.strerror}; choose one where this user may write"
+        ) from None
     return folder
+
+
+def _named(directory: str | os.PathLike[str]) -> Path:
+    """The directory, if it has a name: an empty one, as of a variable that is not set, would be the current directory."""
+    if not os.fspath(directory):
+        raise ConfigurationError("the directory has an empty name: write one such as pki, or . for the current one")
+    return Path(directory)
 
 
 def _load_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, str]:

@@ -164,8 +164,24 @@ def test_nothing_is_made_elsewhere_when_there_is_no_certificate_for_it(ca, tmp_p
 
 
 def test_an_endpoint_cannot_be_named_over_the_ca(ca):
-    with pytest.raises(ConfigurationError, match=r"ca\.key exists already"):
-        pki.issue(ca, "worker", "ca")
+    for out in (None, ca / "elsewhere"):  # where it would look as if it were the CA's
+        with pytest.raises(ConfigurationError, match=r"^name ca is reserved: ca\.pem and ca\.key are the CA's; choose"):
+            pki.issue(ca, "worker", "ca", out=out)
+    assert listing(ca) == ["ca.key", "ca.pem"]
+
+
+def test_a_directory_without_a_name_is_not_the_current_one(ca, monkeypatch):
+    monkeypatch.chdir(ca)
+    for call in (
+        lambda: pki.init_ca(""),
+        lambda: pki.issue("", "worker", "w"),
+        lambda: pki.issue(ca, "worker", "w", out=""),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=r"^the directory has an empty name: write one such as pki, or \. for"
+        ):
+            call()
+    assert listing(ca) == ["ca.key", "ca.pem"]
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -208,7 +224,7 @@ def test_an_interrupted_write_leaves_nothing(ca, monkeypatch):
 def test_a_file_in_place_of_the_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigurationError, match="cannot be made"):
+        with pytest.raises(ConfigurationError, match=r"cannot be made: .+; choose one where this user may write$"):
             pki.init_ca(directory)
     with pytest.raises(CertificateError, match="holds no CA; make one with: konnektor pki init"):
         pki.issue(tmp_path, "worker", "w")
