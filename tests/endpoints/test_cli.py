@@ -79,6 +79,18 @@ def test_control_plane(run, certs, tmp_path):
     assert '"message": "SIGTERM: draining for up to 0.5 s; once more aborts"' in err
 
 
+def test_a_forward_that_anyone_can_reach_is_told(run, certs):
+    where = ("0.0.0.0:0", "127.0.0.1:0", "localhost:0", "udp:0.0.0.0:0", "udp:127.0.0.2:0")
+    forwards = [word for listen in where for word in ("--forward", f"{listen}=node-1/10.0.0.7:80")]
+    code, _, err = run("control-plane", "--listen", "0.0.0.0:0", *flags(certs.plane), *forwards)
+    told = [line.partition(" WARNING ")[2] for line in err.splitlines() if " WARNING " in line]
+    assert code == 0 and told == [
+        f"konnektor.cli: --forward {listen} serves whoever reaches it, in plaintext: only that address and a "
+        "firewall protect it"
+        for listen in ("0.0.0.0:0", "udp:0.0.0.0:0")
+    ]
+
+
 def test_worker(run, certs, tmp_path):
     with Process(tmp_path / "log", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)) as plane:
         (where,) = plane.ready()["tunnel"]
