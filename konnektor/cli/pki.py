@@ -27,7 +27,7 @@ def pki() -> None:  # \b keeps click from refilling the lines after it
     """  # noqa: D301
 
 
-@pki.command()
+@pki.command(short_help="Make a CA: writes ca.pem and ca.key.")
 @click.option("--dir", "directory", type=_DIR, required=True, help="Where to write; made if missing.  E.g. --dir pki")
 @click.option(
     "--trust-domain",
@@ -46,7 +46,7 @@ def init(directory: str, trust_domain: str, days: int) -> None:
     click.echo(f"next: konnektor pki issue --dir {directory} --role control-plane --name cp --san HOST-OR-IP", err=True)
 
 
-@pki.command()
+@pki.command(short_help="Issue a certificate: writes NAME.pem and NAME.key.")
 @click.option("--dir", "directory", type=_DIR, required=True, help="Where ca.pem and ca.key are.  E.g. --dir pki")
 @click.option(
     "--role",

@@ -132,6 +132,14 @@ def test_every_flag_is_in_the_help_with_an_example():
     assert "_KONNEKTOR_COMPLETE=bash_source" in cli.help and "zsh_source" in cli.help and "fish_source" in cli.help
 
 
+@pytest.mark.parametrize("arguments", [(), ("pki",)])
+def test_the_list_of_commands_is_whole_sentences(run, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(*arguments, "--help")
+    commands = out.partition("\nCommands:\n")[2].splitlines()
+    assert len(commands) >= 2 and all(re.fullmatch(r"  [-a-z]+ +[A-Z].*[a-zA-Z]\.", line) for line in commands), out
+
+
 def test_no_command(run):
     code, _, err = run()
     assert code == 2 and "Usage: konnektor" in err
