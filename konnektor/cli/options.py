@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from konnektor.runtime import set_up_logging
 from konnektor.tls import TLSFiles
 
 __all__ = ["Common", "Parsed", "endpoint_options", "say_ready"]
+
+logger: Final = logging.getLogger("konnektor.cli")
 
 _DEFAULT: Final = Limits()
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h|)")
@@ -215,10 +218,13 @@ def _limits(max_streams: int, receive_pool: int | None, **others: Any) -> Limits
 
 
 def say_ready(what: str) -> None:
-    """The one line on standard output, at once even into a pipe; nobody has to read it."""
+    """The one line on standard output, at once even into a pipe; nobody has to read it, but who waits for it may be told."""
     try:
         click.echo(f"ready {what}")
-    except OSError:
+    except OSError as error:
+        logger.error(  # noqa: TRY400 - an event, not a defect
+            "cannot write the ready line to standard output: %s; going on without it", error.strerror
+        )
         # Nor does what could not be written get another try when Python exits.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())

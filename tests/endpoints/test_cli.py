@@ -18,7 +18,7 @@ import konnektor as kk
 from konnektor.cli.main import cli, main
 from konnektor.cli.options import Parsed, say_ready
 from konnektor.policy import parse_allow
-from tests.endpoints.parts import Certificates, Process, flags, unused_port
+from tests.endpoints.parts import PATIENCE, Certificates, Process, flags, unused_port
 
 
 @pytest.fixture
@@ -412,6 +412,33 @@ def test_values_that_are_parsed_already_stay(certs):
     parsed = Parsed("rule", parse_allow)
     rule = parse_allow("10.0.0.1:1")
     assert parsed.convert(rule, None, None) is rule
+
+
+def nobody():
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("stdout", "why"),
+    [(lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device"), (nobody, "Broken pipe")],
+)
+def test_a_ready_line_that_cannot_be_written_is_told_once_and_ends_nothing(certs, stdout, why):
+    command = [sys.executable, "-m", "konnektor", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)]
+    output = stdout()
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True) as process:
+        os.close(output)
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        told = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        watchdog.cancel()
+        assert process.wait() == 0, told + rest
+    assert f" ERROR konnektor.cli: cannot write the ready line to standard output: {why}; going on without it" in told
+    assert rest.count("\n") == 1 and "SIGTERM: draining" in rest
 
 
 def test_nobody_reads_the_ready_line():
