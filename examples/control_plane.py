@@ -45,5 +45,8 @@ if __name__ == "__main__":
     parser.add_argument("listen", metavar="HOST:PORT")
     parser.add_argument("target", metavar="TARGET-HOST:PORT")
     arguments = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.pki, arguments.listen, arguments.target))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(main(arguments.pki, arguments.listen, arguments.target))
+    except kk.ListenError as error:
+        parser.exit(4, f"{parser.prog}: {error}\n")

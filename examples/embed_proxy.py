@@ -50,7 +50,10 @@ async def main(pki: str, listen: str, serve: str, port: int) -> None:
                         await kk.relay(client, stream)
 
         host, _, number = serve.rpartition(":")
-        listener = await anyio.create_tcp_listener(local_host=host, local_port=int(number))
+        try:
+            listener = await anyio.create_tcp_listener(local_host=host, local_port=int(number))
+        except OSError as error:
+            raise kk.ListenError(f"cannot listen on {serve}: {error.strerror}; choose another port") from None
         async with listener:
             local = listener.extra(SocketAttribute.local_port)
             print(f"tunnel {control_plane.address} http {host}:{local}", flush=True)
@@ -64,5 +67,8 @@ if __name__ == "__main__":
     parser.add_argument("serve", metavar="HTTP-HOST:PORT")
     parser.add_argument("port", type=int)
     arguments = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.pki, arguments.listen, arguments.serve, arguments.port))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(main(arguments.pki, arguments.listen, arguments.serve, arguments.port))
+    except kk.ListenError as error:
+        parser.exit(4, f"{parser.prog}: {error}\n")

@@ -48,6 +48,7 @@ _LABEL: Final = re.compile(r"[a-z0-9_]([-a-z0-9_]{0,61}[a-z0-9_])?")
 # A name that ends so is an IPv4 address to inet_aton and to browsers (WHATWG URL, "ends in a number").
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _ANY_PORT: Final = range(1, 65536)
+_URL: Final = re.compile(r"[A-Za-z][-+.A-Za-z0-9]{0,15}://")
 _MAX_NAME: Final = 253
 _MAX_QUOTED: Final = 80
 
@@ -208,8 +209,10 @@ def split_port(text: str) -> tuple[str, str]:
     """The text before and after the colon of the port, IPv6 taken out of its brackets; neither is checked further.
 
     Raises:
-        ConfigurationError: no port, no host, or IPv6 without brackets.
+        ConfigurationError: no port, no host, a URL, or IPv6 without brackets.
     """
+    if scheme := _URL.match(text):
+        raise ConfigurationError(f"address {quote(text)} is a URL: write HOST:PORT, without {scheme[0]}")
     if text.startswith("["):
         host, separator, port = text[1:].partition("]:")
     else:
@@ -291,6 +294,8 @@ def parse_forward(text: str) -> Forward:
             f"forward {quote(text)} is incomplete: write LISTEN=WORKER/HOST:PORT, "
             "such as 127.0.0.1:8080=node-1/10.0.0.7:80"
         )
-    return Forward(
-        *parse_hostport(listen, zero=True), parse_worker_name(worker), *parse_hostport(destination), protocol
-    )
+    try:
+        listens = parse_hostport(listen, zero=True)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"LISTEN of forward {quote(text)}: {error}") from None
+    return Forward(*listens, parse_worker_name(worker), *parse_hostport(destination), protocol)

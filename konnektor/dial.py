@@ -162,7 +162,7 @@ async def dial(
         DeniedError: every address was vetoed.
         DNSError: the name did not resolve, or is neither a strict IP address nor a DNS name.
         ConnectRefusedError, TargetResetError, UnreachableError, DialTimeoutError, LimitError: no address could be
-            connected; of several errors, the most telling.
+            connected; of several errors, the most telling. Its cause is what the system said.
     """
     at = format_hostport(host, port)
     try:
@@ -407,9 +407,15 @@ def _check_connected(sock: socket.socket, number: int, port: int) -> None:
 
 
 def _most_telling(errors: Sequence[OSError], at: str) -> StreamError:
-    return min((_translate(error, at) for error in errors), key=lambda error: _TELLING.index(type(error)))
+    cause = min(errors, key=lambda error: _TELLING.index(_class_of(error)))
+    telling = _translate(cause, at)
+    telling.__cause__ = cause
+    return telling
+
+
+def _class_of(error: OSError) -> type[StreamError]:
+    return _ERRNO.get(error.errno, UnreachableError)
 
 
 def _translate(error: OSError, at: str) -> StreamError:
-    cls = _ERRNO.get(error.errno, UnreachableError)
-    return cls(f"{at}: {errno.errorcode.get(error.errno or 0, 'error')}")
+    return _class_of(error)(f"{at}: {errno.errorcode.get(error.errno or 0, 'error')}")

@@ -9,7 +9,7 @@ from typing import Final
 
 from konnektor.errors import ConfigurationError
 
-__all__ = ["KIB", "MAX_DEADLINE", "MIB", "Limits", "format_size", "parse_size"]
+__all__ = ["KIB", "MAX_DEADLINE", "MIB", "Limits", "bounds", "format_size", "parse_size"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -43,6 +43,11 @@ _CEILINGS: Final[dict[str, float]] = {
     "idle_timeout": 86_400,
     "resume_grace": 86_400,
 }
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """The least and the greatest value that a field of ``Limits`` may have by itself; infinity where there is none."""
+    return _FLOORS[name], _CEILINGS.get(name, math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +102,7 @@ class Limits:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int if field.type == "int" else (int, float)):
                 raise ConfigurationError(f"{field.name} must be a number ({field.type}), not {value!r}")
-            low, high = _FLOORS[field.name], _CEILINGS.get(field.name, math.inf)
+            low, high = bounds(field.name)
             if not low <= value <= high:
                 bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
                 raise ConfigurationError(f"{field.name} must be {bound}, not {value!r}")

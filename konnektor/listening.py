@@ -117,6 +117,8 @@ def _why(error: OSError) -> str:
             return "the address is in use; stop the other program or choose another port"
         case errno.EACCES:
             return "permission denied; ports below 1024 and foreign directories need privileges"
+        case errno.ENOENT:
+            return "its directory does not exist; make it first"
         case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:
             return "the address is not one of this machine's"
         case _:
@@ -139,6 +141,8 @@ def bind_unix(path: str) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
+        if isinstance(error, ListenError):
+            raise
         raise ListenError(f"cannot listen on {path}: {_why(error)}") from None
     finally:
         os.umask(before)
@@ -162,7 +166,7 @@ def _remove_stale(path: str) -> None:
             return
         except BlockingIOError:
             pass
-    raise ListenError(f"cannot listen on {path}: another program is listening there")
+    raise ListenError(f"cannot listen on {path}: another program is listening there; stop it or choose another path")
 
 
 def bound_name(sock: socket.socket) -> str:

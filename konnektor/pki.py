@@ -41,6 +41,7 @@ __all__ = ["CA_CERT", "CA_KEY", "Issued", "init_ca", "issue"]
 
 CA_CERT: Final = "ca.pem"
 CA_KEY: Final = "ca.key"
+_CA_NAME: Final = "ca"
 
 _BACKDATE: Final = timedelta(minutes=5)
 """Clocks of two machines differ; a fresh certificate must be valid on both."""
@@ -82,11 +83,7 @@ def init_ca(directory: str | os.PathLike[str], trust_domain: str = "konnektor.lo
     """
     check_trust_domain(trust_domain)
     lifetime = _lifetime(days)
-    folder = Path(directory)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"directory {folder} cannot be made: {error.strerror}") from None
+    folder = _made(directory)
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     # Two CAs with one subject would make a foreign certificate look like a forged one.
@@ -107,7 +104,13 @@ def init_ca(directory: str | os.PathLike[str], trust_domain: str = "konnektor.lo
 
 
 def issue(
-    directory: str | os.PathLike[str], role: Role | str, name: str, sans: Iterable[str] = (), days: int = 365
+    directory: str | os.PathLike[str],
+    role: Role | str,
+    name: str,
+    sans: Iterable[str] = (),
+    days: int = 365,
+    *,
+    out: str | os.PathLike[str] | None = None,
 ) -> Issued:
     """Issue ``NAME.pem``, which has the CA's certificate behind its own, and ``NAME.key`` from the CA in ``directory``.
 
@@ -117,11 +120,12 @@ def issue(
     where no other machine can be taken for it.
 
     Args:
-        directory: where ``ca.pem`` and ``ca.key`` are, and where to write.
+        directory: where ``ca.pem`` and ``ca.key`` are.
         role: worker, control-plane or client.
         name: the endpoint's name, unique within its role.
         sans: host names and IP addresses that the endpoint is dialed by.
         days: how long it lasts; never longer than the CA.
+        out: where to write; made with mode 0700 if it is not there. None: where the CA is.
 
     Raises:
         ConfigurationError: a bad argument, a file that exists, a directory that cannot be written.
@@ -131,12 +135,13 @@ def issue(
         role = Role(role)
     except ValueError:
         raise ConfigurationError(f"role {role!r} is unknown; use {', '.join(Role)}") from None
-    check_name(name)
+    if check_name(name) == _CA_NAME:
+        raise ConfigurationError(f"name {name} is reserved: {CA_CERT} and {CA_KEY} are the CA's; choose another name")
     lifetime = _lifetime(days)
     hosts = [_host(san) for san in sans]
     if role is Role.CONTROL_PLANE:
         hosts = _own_names(name) + (hosts or [_host(host) for host in _LOCAL])
-    folder = Path(directory)
+    folder = _named(directory)
     authority, signer, trust_domain = _load_ca(folder)
 
     key = ec.generate_private_key(ec.SECP256R1())
@@ -156,8 +161,32 @@ def issue(
         .add_extension(x509.SubjectAlternativeName([uri, *dict.fromkeys(hosts)]), critical=False)
         .sign(signer, hashes.SHA256())
     )
-    cert_file, key_file = folder / f"{name}.pem", folder / f"{name}.key"
+    target = folder if out is None else _made(out)
+    cert_file, key_file = target / f"{name}.pem", target / f"{name}.key"
     return _write(cert_file, certificate, key_file, key, issuer=authority, shortened=not_after < now + lifetime)
+
+
+def _made(directory: str | os.PathLike[str]) -> Path:
+    """The directory, which is there now.
+
+    Raises:
+        ConfigurationError: it has no name, or cannot be made.
+    """
+    folder = _named(directory)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"directory {folder} cannot be made: {error.strerror}; choose one where this user may write"
+        ) from None
+    return folder
+
+
+def _named(directory: str | os.PathLike[str]) -> Path:
+    """The directory, if it has a name: an empty one, as of a variable that is not set, would be the current directory."""
+    if not os.fspath(directory):
+        raise ConfigurationError("the directory has an empty name: write one such as pki, or . for the current one")
+    return Path(directory)
 
 
 def _load_ca(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey, str]:

@@ -385,7 +385,7 @@ def read_certificates(path: str | os.PathLike[str], what: str) -> list[x509.Cert
 
     Args:
         path: the file.
-        what: what to call it in an error, such as ``CA file``.
+        what: what to call it in an error: ``CA file`` or ``certificate file``.
 
     Raises:
         CertificateError: missing, unreadable, not PEM, no certificate in it.
@@ -433,12 +433,21 @@ def same_key(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
     return own.public_bytes(*form) == named.public_bytes(*form)
 
 
+_REMEDY: Final = {
+    "CA file": "check the path, or copy the CA's ca.pem there",
+    "CA key file": "restore it, or issue where the CA was made",
+    "certificate file": "check the path, or issue one with konnektor pki issue",
+    "key file": "check the path, or issue one, with its certificate, with konnektor pki issue",
+}
+"""What to do about a file that is not there, by what it is called in errors."""
+
+
 def _read(path: str | os.PathLike[str], what: str) -> bytes:
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE + 1)
     except FileNotFoundError:
-        raise CertificateError(f"{what} {_name(path)} does not exist") from None
+        raise CertificateError(f"{what} {_name(_looked_for(path))} does not exist; {_REMEDY[what]}") from None
     except IsADirectoryError:
         raise CertificateError(f"{what} {_name(path)} is a directory; name the file inside it") from None
     except PermissionError:
@@ -451,6 +460,14 @@ def _read(path: str | os.PathLike[str], what: str) -> bytes:
     if len(data) > _MAX_FILE:
         raise CertificateError(f"{what} {_name(path)} is larger than {_MAX_FILE} bytes: not a PEM file")
     return data
+
+
+def _looked_for(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path in full: a service has another directory than the shell in which the command was tried."""
+    try:
+        return Path(path).absolute()
+    except OSError:  # the directory itself is gone
+        return path
 
 
 def _check_dates(certificate: x509.Certificate, what: str, path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from konnektor.endpoint import Endpoint
 from konnektor.errors import (
     Code,
     ConfigurationError,
+    DialTimeoutError,
     HandshakeError,
     IdentityError,
     KonnektorError,
@@ -287,7 +289,7 @@ class Worker(Endpoint):
         try:
             return await dial(*address, within=self.limits.hello_timeout)
         except KonnektorError as error:
-            raise HandshakeError(f"cannot reach {peer}: {error}") from error
+            raise HandshakeError(f"cannot reach {peer}: {_obstacle(error, format_hostport(*address))}") from error
 
     async def _connect(self, address: tuple[str, int]) -> Session:
         """One attempt, with one clear sentence if it fails.
@@ -366,6 +368,18 @@ class Worker(Endpoint):
             del self._sessions[address]
         self._changes.notify()
         logger.info("disconnected from %s at %s: %s", session.peer_name, format_hostport(*address), session.error)
+
+
+def _obstacle(error: KonnektorError, where: str) -> str:
+    """Why there is no way to ``where``, which the sentence has named already."""
+    match error.__cause__:
+        case ConnectionRefusedError():
+            return "connection refused; start it, or check the port"
+        case OSError(errno=int(number)):
+            return os.strerror(number)
+        case _:
+            text = str(error).replace(where, "it", 1)
+            return f"{text}; check the address and the firewalls" if isinstance(error, DialTimeoutError) else text
 
 
 def _why(error: KonnektorError, peer: str) -> str:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from typing import Final
 
 import click
 
 from konnektor.addresses import Forward, format_hostport, format_protocol, parse_forward, parse_hostport
 from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
+from konnektor.cli.places import check_places, forward_flag
 from konnektor.control_plane import ControlPlane
-from konnektor.frontends.urls import Frontend, parse_frontend
-from konnektor.limits import parse_size
+from konnektor.errors import ConfigurationError
+from konnektor.frontends.urls import Frontend, is_loopback, parse_frontend
+from konnektor.limits import format_size, parse_size
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
 from konnektor.runtime import run, serve
 
 __all__ = ["control_plane"]
+
+logger: Final = logging.getLogger("konnektor.cli")
 
 
 def _listen(text: str) -> str:
@@ -86,6 +92,13 @@ def control_plane(
 
     Prints one line when it is ready: ready tunnel=HOST:PORT http=HOST:PORT forward=...
     """
+    check_places(listen, frontends, forwards)
+    one = common.limits.session_memory
+    if memory is not None and memory < one:
+        raise ConfigurationError(
+            f"--memory {format_size(memory)} is less than one session may be granted, {format_size(one)}: raise it, or "
+            "lower --receive-pool, --max-streams and --replay-buffer"
+        )
 
     async def main() -> int:
         endpoint = ControlPlane(
@@ -106,6 +119,11 @@ def control_plane(
                 ready.append(f"{frontend.kind}={bound}")
             for forward in forwards:
                 bound = await endpoint.add_forward(forward)
+                if not is_loopback(forward.listen_host):
+                    logger.warning(
+                        "%s serves whoever reaches it, in plaintext: only that address and a firewall protect it",
+                        forward_flag(forward),
+                    )
                 where = format_protocol(forward.protocol) + bound
                 ready.append(f"forward={where}->{forward.worker}/{format_hostport(forward.host, forward.port)}")
             say_ready(" ".join(ready))

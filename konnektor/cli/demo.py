@@ -18,7 +18,7 @@ def _size(text: str) -> int:
     return size
 
 
-@click.command("demo")
+@click.command("demo", short_help="Show the tunnel at work between real processes.")
 @click.option(
     "--size",
     type=Parsed("size", _size),

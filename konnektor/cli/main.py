@@ -11,6 +11,7 @@ import click
 
 from konnektor.cli.control_plane import control_plane
 from konnektor.cli.demo import demo
+from konnektor.cli.hints import explain_usage
 from konnektor.cli.pki import pki
 from konnektor.cli.worker import worker
 from konnektor.errors import (
@@ -78,7 +79,7 @@ def _run(args: list[str] | None) -> int:
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        _say(context.command_path if context is not None else "konnektor", error.format_message())
+        _say(context.command_path if context is not None else "konnektor", explain_usage(error, cli))
         return 2
     except (click.Abort, KeyboardInterrupt):
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from konnektor.addresses import quote
 from konnektor.errors import ConfigurationError
-from konnektor.limits import Limits, format_size, parse_size
+from konnektor.limits import Limits, bounds, format_size, parse_size
 from konnektor.priorities import PriorityRule, parse_priority
 from konnektor.runtime import set_up_logging
 from konnektor.tls import TLSFiles
 
 __all__ = ["Common", "Parsed", "endpoint_options", "say_ready"]
+
+logger: Final = logging.getLogger("konnektor.cli")
 
 _DEFAULT: Final = Limits()
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h|)")
@@ -32,6 +36,30 @@ def parse_duration(text: str) -> float:
     if match is None:
         raise ConfigurationError(f"{text!r} is not a duration: write for example 25s, 500ms or 2m")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+# What becomes a field of Limits by itself is checked here, too: Limits does not know the flag, nor how sizes are written.
+
+
+def _parse_streams(text: str) -> int:
+    low, high = map(int, bounds("initial_streams"))
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(high)) and low <= int(text) <= high):
+        raise ConfigurationError(f"{quote(text)} is not a number of streams: write one from {low} to {high}")
+    return int(text)
+
+
+def _parse_replay_buffer(text: str) -> int:
+    size, (least, _) = parse_size(text), bounds("replay_buffer")
+    if size < least:
+        raise ConfigurationError(f"{text} is too small: write {format_size(int(least))} or more")
+    return size
+
+
+def _parse_resume_grace(text: str) -> float:
+    seconds, (_, longest) = parse_duration(text), bounds("resume_grace")
+    if seconds > longest:
+        raise ConfigurationError(f"{text} is too long: write {longest / _SECONDS['h']:g}h or less")
+    return seconds
 
 
 if TYPE_CHECKING:
@@ -65,7 +93,7 @@ _OPTIONS: Final = (
     click.option("--key", required=True, metavar="FILE", help="Its key. Example: --key pki/cp.key"),
     click.option(
         "--max-streams",
-        type=click.IntRange(8, 1_000_000),
+        type=Parsed("number", _parse_streams),
         metavar="N",
         help=f"Streams the peer may have open at once. Default: {_DEFAULT.initial_streams}, or {_UNSERVED} at a control "
         "plane without --allow-from, which serves none. Example: --max-streams 10000",
@@ -87,7 +115,7 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--resume-grace",
-        type=Parsed("duration", parse_duration),
+        type=Parsed("duration", _parse_resume_grace),
         default=f"{_DEFAULT.resume_grace:g}s",
         show_default=True,
         metavar="TIME",
@@ -95,7 +123,7 @@ _OPTIONS: Final = (
     ),
     click.option(
         "--replay-buffer",
-        type=Parsed("size", parse_size),
+        type=Parsed("size", _parse_replay_buffer),
         default=format_size(_DEFAULT.replay_buffer),
         show_default=True,
         metavar="SIZE",
@@ -190,10 +218,13 @@ def _limits(max_streams: int, receive_pool: int | None, **others: Any) -> Limits
 
 
 def say_ready(what: str) -> None:
-    """The one line on standard output, at once even into a pipe; nobody has to read it."""
+    """The one line on standard output, at once even into a pipe; nobody has to read it, but who waits for it may be told."""
     try:
         click.echo(f"ready {what}")
-    except OSError:
+    except OSError as error:
+        logger.error(  # noqa: TRY400 - an event, not a defect
+            "cannot write the ready line to standard output: %s; going on without it", error.strerror
+        )
         # Nor does what could not be written get another try when Python exits.
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())

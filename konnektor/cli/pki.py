@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from konnektor.pki import CA_CERT, Issued, init_ca
@@ -25,7 +27,7 @@ def pki() -> None:  # \b keeps click from refilling the lines after it
     """  # noqa: D301
 
 
-@pki.command()
+@pki.command(short_help="Make a CA: writes ca.pem and ca.key.")
 @click.option("--dir", "directory", type=_DIR, required=True, help="Where to write; made if missing.  E.g. --dir pki")
 @click.option(
     "--trust-domain",
@@ -44,7 +46,7 @@ def init(directory: str, trust_domain: str, days: int) -> None:
     click.echo(f"next: konnektor pki issue --dir {directory} --role control-plane --name cp --san HOST-OR-IP", err=True)
 
 
-@pki.command()
+@pki.command(short_help="Issue a certificate: writes NAME.pem and NAME.key.")
 @click.option("--dir", "directory", type=_DIR, required=True, help="Where ca.pem and ca.key are.  E.g. --dir pki")
 @click.option(
     "--role",
@@ -69,13 +71,19 @@ def init(directory: str, trust_domain: str, days: int) -> None:
     show_default=True,
     help="Lifetime, at most the CA's.  E.g. --days 90",
 )
-def issue(directory: str, role: str, name: str, sans: tuple[str, ...], days: int) -> None:
+@click.option(
+    "--out",
+    type=_DIR,
+    help="Where to write NAME.pem and NAME.key, if not to --dir; made if missing.  To renew, for nothing is overwritten.  "
+    "E.g. --out renewed",
+)
+def issue(directory: str, role: str, name: str, sans: tuple[str, ...], days: int, out: str | None) -> None:
     """Issue a certificate: writes NAME.pem and NAME.key (mode 0600), and never overwrites."""
-    issued = issue_certificate(directory, role, name, sans, days)
+    issued = issue_certificate(directory, role, name, sans, days, out=out)
     _report(issued)
     if issued.shortened:
         click.echo(f"note: it expires on {issued.not_after:%Y-%m-%d %H:%M} UTC, with its CA", err=True)
-    flags = f"--ca {issued.cert.parent / CA_CERT} --cert {issued.cert} --key {issued.key}"
+    flags = f"--ca {Path(directory) / CA_CERT} --cert {issued.cert} --key {issued.key}"
     if role == Role.CONTROL_PLANE:
         click.echo(f"next: konnektor control-plane --listen 0.0.0.0:8443 {flags}", err=True)
     elif role == Role.WORKER:

@@ -24,7 +24,7 @@ def _route(text: str) -> str:
     return text
 
 
-@click.command("worker")
+@click.command("worker", short_help="Dial control planes, and serve what --allow names.")
 @click.option(
     "--connect",
     required=True,

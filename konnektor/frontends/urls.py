@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from konnektor.addresses import format_hostport, parse_hostport, quote
 from konnektor.errors import ConfigurationError
 
-__all__ = ["Frontend", "HttpFrontend", "HttpsFrontend", "UnixFrontend", "parse_frontend"]
+__all__ = ["Frontend", "HttpFrontend", "HttpsFrontend", "UnixFrontend", "is_loopback", "parse_frontend"]
 
 MAX_PATH: Final = 107
 """Bytes of a Unix socket's path: ``sun_path`` of unix(7), less its NUL."""
@@ -90,7 +90,7 @@ def parse_frontend(url: str) -> Frontend:
     if parts.scheme == "http":
         if query:
             raise ConfigurationError(f"frontend {quote(url)}: http takes no parameters; for TLS write https://")
-        if not _is_loopback(host):
+        if not is_loopback(host):
             raise ConfigurationError(
                 f"frontend {quote(url)} would serve anyone in plaintext: use a loopback address, a Unix socket or https"
             )
@@ -107,7 +107,8 @@ def parse_frontend(url: str) -> Frontend:
     return HttpsFrontend(host, port, query["cert"], query["key"], query["client-ca"])
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there, as far as the text of the host tells."""
     if host == "localhost":
         return True
     try:

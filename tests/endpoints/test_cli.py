@@ -18,7 +18,7 @@ import konnektor as kk
 from konnektor.cli.main import cli, main
 from konnektor.cli.options import Parsed, say_ready
 from konnektor.policy import parse_allow
-from tests.endpoints.parts import Certificates, Process, flags, unused_port
+from tests.endpoints.parts import PATIENCE, Certificates, Process, flags, unused_port
 
 
 @pytest.fixture
@@ -79,6 +79,18 @@ def test_control_plane(run, certs, tmp_path):
     assert '"message": "SIGTERM: draining for up to 0.5 s; once more aborts"' in err
 
 
+def test_a_forward_that_anyone_can_reach_is_told(run, certs):
+    where = ("0.0.0.0:0", "127.0.0.1:0", "localhost:0", "udp:0.0.0.0:0", "udp:127.0.0.2:0")
+    forwards = [word for listen in where for word in ("--forward", f"{listen}=node-1/10.0.0.7:80")]
+    code, _, err = run("control-plane", "--listen", "0.0.0.0:0", *flags(certs.plane), *forwards)
+    told = [line.partition(" WARNING ")[2] for line in err.splitlines() if " WARNING " in line]
+    assert code == 0 and told == [
+        f"konnektor.cli: --forward {listen} serves whoever reaches it, in plaintext: only that address and a "
+        "firewall protect it"
+        for listen in ("0.0.0.0:0", "udp:0.0.0.0:0")
+    ]
+
+
 def test_worker(run, certs, tmp_path):
     with Process(tmp_path / "log", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)) as plane:
         (where,) = plane.ready()["tunnel"]
@@ -120,6 +132,14 @@ def test_every_flag_is_in_the_help_with_an_example():
     assert "_KONNEKTOR_COMPLETE=bash_source" in cli.help and "zsh_source" in cli.help and "fish_source" in cli.help
 
 
+@pytest.mark.parametrize("arguments", [(), ("pki",)])
+def test_the_list_of_commands_is_whole_sentences(run, monkeypatch, arguments):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(*arguments, "--help")
+    commands = out.partition("\nCommands:\n")[2].splitlines()
+    assert len(commands) >= 2 and all(re.fullmatch(r"  [-a-z]+ +[A-Z].*[a-zA-Z]\.", line) for line in commands), out
+
+
 def test_no_command(run):
     code, _, err = run()
     assert code == 2 and "Usage: konnektor" in err
@@ -140,11 +160,19 @@ PLANE = ["control-plane", "--listen", "127.0.0.1:0", "--ca", "a", "--cert", "b",
     ("arguments", "text"),
     [
         (["no-such-command"], "No such command 'no-such-command'."),
-        ([*WORKER, "--no-such-flag"], "No such option"),
+        ([*WORKER, "--frob"], "No such option '--frob'; see --help for those there are"),
+        ([*WORKER, "--alow", "h:1"], "No such option '--alow'; did you mean '--allow'?"),
+        ([*WORKER, "--memory", "4GiB"], "No such option '--memory'; it belongs to konnektor control-plane"),
+        ([*PLANE, "--san", "h"], "No such option '--san'; it belongs to konnektor pki issue"),
+        (["--ca", "f"], "No such option '--ca'; it belongs to konnektor control-plane and konnektor worker"),
         ([*WORKER, "extra"], "unexpected extra argument (extra)"),
-        (["worker", "--connect", "h:1"], "Missing option '--allow'"),
+        (["worker", "--connect", "h:1"], "Missing option '--allow'; write for example --allow 10.0.0.0/8:80,443"),
         (["worker", "--connect", "h"], "'--connect': address 'h' lacks a host or a port"),
         (["worker", "--connect", "::1:8443"], "'--connect': address '::1:8443' has too many colons"),
+        (
+            ["worker", "--connect", "https://h:1"],
+            "'--connect': address 'https://h:1' is a URL: write HOST:PORT, without",
+        ),
         (["worker", "--connect", "h:0"], "'--connect': port '0' is not a number from 1 to 65535"),
         ([*WORKER, "--allow", "*:80"], "'--allow': host '*' says nothing"),
         ([*WORKER, "--allow", "10.0.0.1/8:80"], "'--allow': network '10.0.0.1/8' has host bits set: write 10.0.0.0/8"),
@@ -152,18 +180,24 @@ PLANE = ["control-plane", "--listen", "127.0.0.1:0", "--ca", "a", "--cert", "b",
         ([*WORKER, "--allow", "10.0.0.7"], "'--allow': rule '10.0.0.7' is not HOST:PORTS"),
         ([*WORKER, "--route", "all"], "'--route': route 'all' is unknown"),
         ([*WORKER, "--server-name", "a b"], "'--server-name': host 'a b' is neither"),
-        ([*WORKER, "--max-streams", "7"], "'--max-streams': 7 is not in the range"),
-        ([*WORKER, "--max-streams", "x"], "'--max-streams': 'x' is not a valid integer"),
+        (
+            [*WORKER, "--max-streams", "7"],
+            "'--max-streams': '7' is not a number of streams: write one from 8 to 1000000",
+        ),
+        ([*WORKER, "--max-streams", "abc"], "'--max-streams': 'abc' is not a number of streams: write one from 8"),
+        ([*WORKER, "--max-streams", "9" * 5000], "'--max-streams': '999"),
+        ([*WORKER, "--replay-buffer", "1"], "'--replay-buffer': 1 is too small: write 256KiB or more"),
+        ([*WORKER, "--resume-grace", "25h"], "'--resume-grace': 25h is too long: write 24h or less"),
         ([*WORKER, "--receive-pool", "much"], "'--receive-pool': 'much' is not a size"),
         ([*WORKER, "--receive-pool", "1MiB"], "--receive-pool 1MiB is too small for --max-streams 1024: give it 64MiB"),
         ([*WORKER, "--grace", "soon"], "'--grace': 'soon' is not a duration: write for example 25s"),
         ([*WORKER, "--priority", "*:80"], "'--priority': priority '*:80' names no class: write HOST:PORTS=CLASS"),
         ([*WORKER, "--priority", "*:80=bulk:0"], "'--priority': priority '*:80=bulk:0' has no usable weight: write 1"),
-        ([*PLANE, "--memory", "64MiB"], "memory 64MiB is less than one session may be granted, 80MiB: raise it"),
+        ([*PLANE, "--memory", "64MiB"], "--memory 64MiB is less than one session may be granted, 80MiB: raise it, or"),
         ([*PLANE, "--memory", "lots"], "'--memory': 'lots' is not a size"),
         ([*PLANE, "--priority", "10.0.0.1/8:80=bulk"], "'--priority': network '10.0.0.1/8' has host bits set"),
         ([*WORKER, "--log-format", "xml"], "'--log-format': 'xml' is not one of 'text', 'json'"),
-        (["control-plane"], "Missing option '--listen'"),
+        (["control-plane"], "Missing option '--listen'; write for example --listen 0.0.0.0:8443"),
         (["control-plane", "--listen", "h:x"], "'--listen': port 'x' is not a number from 0 to 65535"),
         ([*PLANE, "--frontend", "http://0.0.0.0:1"], "'--frontend': frontend 'http://0.0.0.0:1' would serve anyone"),
         ([*PLANE, "--frontend", "https://h:1"], "lacks cert, key, client-ca"),
@@ -172,11 +206,39 @@ PLANE = ["control-plane", "--listen", "127.0.0.1:0", "--ca", "a", "--cert", "b",
         ([*PLANE, "--grant-route", "default"], "'--grant-route': grant 'default' names no worker"),
         ([*PLANE, "--allow-from", "h:1"], "'--allow-from': grant 'h:1' names no worker"),
         (["demo", "--size", "0"], "'--size': nothing to move"),
-        (["pki", "init"], "Missing option '--dir'"),
+        (["pki", "init"], "Missing option '--dir'; write for example --dir pki"),
+        (["pki", "issue", "--dir", "x"], "worker, control-plane, client; write for example --role worker"),
     ],
 )
 def test_usage(run, arguments, text):
     assert text in sentence(run(*arguments), 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--forward", "h:1=a/x:1", "--forward", "h:1=b/y:1"], "--forward h:1 is given twice"),
+        (["--forward", "udp:[::1]:9=a/x:1", "--forward", "udp:[::1]:9=b/y:1"], "--forward udp:[::1]:9 is given twice"),
+        (["--frontend", "http://127.0.0.1:9"] * 2, "--frontend http://127.0.0.1:9 is given twice"),
+        (["--frontend", "http+unix:///a"] * 2, "--frontend http+unix:///a is given twice"),
+        (
+            ["--frontend", "http://127.0.0.1:9", "--forward", "127.0.0.1:9=a/x:1"],
+            "--forward 127.0.0.1:9 is where --frontend http://127.0.0.1:9 listens already",
+        ),
+        (["--forward", "127.0.0.1:7=a/x:1"], "--forward 127.0.0.1:7 is where --listen 127.0.0.1:7 listens already"),
+        (["--forward", "0.0.0.0:7=a/x:1"], "--forward 0.0.0.0:7 is where --listen 127.0.0.1:7 listens already"),
+        (["--forward", "localhost:7=a/x:1"], "--forward localhost:7 is where --listen 127.0.0.1:7 listens already"),
+    ],
+)
+def test_an_address_given_twice_is_no_other_programs(run, flags, text):
+    plane = ["control-plane", "--listen", "127.0.0.1:7", *PLANE[3:]]
+    assert text + ": give one of them another address" in sentence(run(*plane, *flags), 2)
+
+
+def test_addresses_that_do_not_meet(run):
+    plane = ["control-plane", "--listen", "127.0.0.1:7", *PLANE[3:]]
+    for where in ("127.0.0.2:7", "[::]:7", "[::1]:7", "udp:127.0.0.1:7", "h:7", "127.0.0.1:8"):
+        sentence(run(*plane, "--forward", f"{where}=a/x:1"), 3)  # the next thing that is wrong: the files
 
 
 # Certificates and keys, status 3
@@ -195,7 +257,10 @@ def with_file(files, **changed):
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda own, _: with_file(own.worker("w"), key="nowhere"), "key file nowhere does not exist"),
+        (
+            lambda own, _: with_file(own.worker("w"), key="nowhere"),
+            "key file /.*/nowhere does not exist; check the path, or issue",
+        ),
         (lambda own, _: with_file(own.worker("w"), ca=own.folder), "CA file .* is a directory"),
         (lambda own, _: with_file(own.worker("w"), cert=own.worker("w").key), "holds no certificate in PEM form"),
         (lambda own, _: with_file(own.worker("w"), key=own.worker("v").key), "does not belong to certificate file"),
@@ -233,7 +298,7 @@ def test_a_worker_is_no_control_plane(run, certs):
 
 def test_the_files_of_an_https_frontend(run, certs):
     url = "https://127.0.0.1:0?cert=x&key=y&client-ca=z"
-    assert "CA file z does not exist" in sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", url), 3)
+    assert "/z does not exist" in sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", url), 3)
 
 
 # Listening, status 4
@@ -251,8 +316,17 @@ def test_a_port_in_use(run, certs):
 
 def test_a_path_in_use(run, certs, tmp_path):
     (tmp_path / "x").touch()
-    text = sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", f"http+unix://{tmp_path}/x"), 4)
-    assert text.endswith("something that is not a socket is there; remove it first")
+    plane = [*PLANE[:3], *flags(certs.plane), "--frontend"]
+    text = f"konnektor: cannot listen on {tmp_path}/"
+    taken = sentence(run(*plane, f"http+unix://{tmp_path}/x"), 4)
+    assert taken == f"{text}x: something that is not a socket is there; remove it first"
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(f"{tmp_path}/live")
+        live.listen()
+        taken = sentence(run(*plane, f"http+unix://{tmp_path}/live"), 4)
+    assert taken == f"{text}live: another program is listening there; stop it or choose another path"
+    missing = sentence(run(*plane, f"http+unix://{tmp_path}/no/x"), 4)
+    assert missing == f"{text}no/x: its directory does not exist; make it first"
 
 
 # The peer, status 5 with --once
@@ -338,6 +412,33 @@ def test_values_that_are_parsed_already_stay(certs):
     parsed = Parsed("rule", parse_allow)
     rule = parse_allow("10.0.0.1:1")
     assert parsed.convert(rule, None, None) is rule
+
+
+def nobody():
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("stdout", "why"),
+    [(lambda: os.open("/dev/full", os.O_WRONLY), "No space left on device"), (nobody, "Broken pipe")],
+)
+def test_a_ready_line_that_cannot_be_written_is_told_once_and_ends_nothing(certs, stdout, why):
+    command = [sys.executable, "-m", "konnektor", "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)]
+    output = stdout()
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, text=True) as process:
+        os.close(output)
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        told = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        watchdog.cancel()
+        assert process.wait() == 0, told + rest
+    assert f" ERROR konnektor.cli: cannot write the ready line to standard output: {why}; going on without it" in told
+    assert rest.count("\n") == 1 and "SIGTERM: draining" in rest
 
 
 def test_nobody_reads_the_ready_line():

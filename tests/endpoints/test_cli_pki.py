@@ -31,6 +31,14 @@ def test_from_nothing_to_usable_files(tmp_path, run):
     assert str(node.identity()) == "spiffe://t.example/worker/node-1"
 
 
+def test_written_elsewhere(tmp_path, run):
+    assert run("init", "--dir", tmp_path / "ca").exit_code == 0
+    made = run("issue", "--dir", tmp_path / "ca", "--role", "worker", "--name", "w", "--out", tmp_path / "new")
+    assert made.exit_code == 0 and made.stdout.splitlines() == [f"{tmp_path}/new/w.pem", f"{tmp_path}/new/w.key"]
+    assert f"--ca {tmp_path}/ca/ca.pem --cert {tmp_path}/new/w.pem --key {tmp_path}/new/w.key" in made.stderr
+    TLSFiles(tmp_path / "ca" / "ca.pem", tmp_path / "new" / "w.pem", tmp_path / "new" / "w.key").client_context()
+
+
 def test_errors_reach_the_caller(tmp_path, run):
     issue = ("issue", "--dir", tmp_path, "--role", "worker", "--name", "w")
     assert isinstance(run(*issue).exception, CertificateError)  # no CA yet
@@ -55,7 +63,7 @@ def test_usage_errors_are_status_2(run, arguments):
     assert result.exit_code == 2 and "Error: " in result.stderr
 
 
-@pytest.mark.parametrize(("command", "flags"), [("init", 3), ("issue", 5)])
+@pytest.mark.parametrize(("command", "flags"), [("init", 3), ("issue", 6)])
 def test_every_flag_has_an_example(run, command, flags):
     assert run(command, "--help").stdout.count("E.g.") == flags
     assert "  konnektor pki issue --dir pki --role worker --name node-1\n" in run("--help").stdout

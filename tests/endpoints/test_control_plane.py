@@ -534,7 +534,7 @@ async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):
             await plane.add_forward(f"{plane.address}=node-1/127.0.0.1:1")
         with pytest.raises(kk.ListenError):
             await plane.add_frontend(f"http://{plane.address}")
-        with pytest.raises(kk.ListenError, match=r"No such file"):
+        with pytest.raises(kk.ListenError, match=r"its directory does not exist; make it first"):
             await plane.add_frontend(f"http+unix://{tmp_path}/missing/x.sock")
         with pytest.raises(kk.CertificateError):
             await plane.add_frontend("https://127.0.0.1:0?cert=a&key=b&client-ca=c")

@@ -284,7 +284,7 @@ def test_the_control_plane_dies_while_the_worker_drains(plane, worker):
 def test_a_worker_waits_for_its_control_plane(start, plane, certs):
     where = f"127.0.0.1:{unused_port()}"
     node = start("worker", "--connect", where, "--allow", "127.0.0.1:*", *flags(certs.worker()))
-    wait_for_line(node, "ECONNREFUSED; trying again in")
+    wait_for_line(node, "connection refused; start it, or check the port; trying again in")
     first = plane(listen=where)
     assert node.ready() == {"worker": ["node-1"], "connected": [where]}
     first.signal(signal.SIGKILL)

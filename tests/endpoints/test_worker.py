@@ -1,6 +1,7 @@
 """The worker: connecting, reconnecting, several control planes, and how it ends."""
 
 import asyncio
+import errno
 import math
 import socket
 
@@ -13,7 +14,7 @@ import konnektor.worker
 from konnektor.driver import Driver
 from konnektor.endpoint import Endpoint
 from konnektor.worker import Backoff
-from tests.endpoints.parts import target, tunnel, until, unused_port
+from tests.endpoints.parts import black_hole, target, tunnel, until, unused_port
 
 
 async def test_streams_both_ways_need_permission(certs, log):
@@ -162,12 +163,34 @@ async def test_never_started(certs):
         await worker.start()
 
 
+async def why_not(certs, where, **kwargs):
+    """What a worker that connects once says of an address without a control plane."""
+    async with kk.Worker([where], tls=certs.worker(), once=True, **kwargs) as worker:
+        told = []
+        for wait in (worker.wait_connected, worker.wait_closed):
+            with pytest.raises(kk.HandshakeError) as error:
+                await wait()
+            told.append(str(error.value))
+    assert told[0] == told[1]
+    return told[0].removeprefix(f"cannot reach the control plane at {where}: ")
+
+
 async def test_once_and_nobody_there(certs):
     where = f"127.0.0.1:{unused_port()}"
-    async with kk.Worker([where], tls=certs.worker(), once=True) as worker:
-        for wait in (worker.wait_connected, worker.wait_closed):
-            with pytest.raises(kk.HandshakeError, match=f"cannot reach the control plane at {where}: .* ECONNREFUSED"):
-                await wait()
+    assert await why_not(certs, where) == "connection refused; start it, or check the port"
+
+
+async def test_what_cannot_be_reached_is_told_without_its_address_twice(certs, monkeypatch):
+    with black_hole() as port:
+        limits = kk.Limits(hello_timeout=0.1)
+        told = await why_not(certs, f"127.0.0.1:{port}", limits=limits)
+        assert told == "it did not answer within 0.1 s; check the address and the firewalls"
+
+    async def unreachable(*_):
+        raise OSError(errno.ENETUNREACH, "secret")
+
+    monkeypatch.setattr("konnektor.dial._connect", unreachable)
+    assert await why_not(certs, "192.0.2.1:1") == "Network is unreachable"
 
 
 async def test_once_and_the_control_plane_says_goodbye(certs):
@@ -202,7 +225,12 @@ async def test_keeps_trying_until_the_control_plane_is_there(certs, log):
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         async with kk.Worker([address], tls=certs.worker()) as worker:
-            await until(lambda: sum("ECONNREFUSED; trying again in" in line for line in log()) >= 2)
+            await until(
+                lambda: (
+                    sum("connection refused; start it, or check the port; trying again in" in line for line in log())
+                    >= 2
+                )
+            )
             taken.close()
             async with kk.ControlPlane(address, tls=certs.plane) as plane:
                 assert (await plane.wait_for("node-1")).peer_name == "node-1"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -157,6 +158,23 @@ def test_embed_proxy(start, pki, web):
         error.value.close()
     worker.interrupt()
     proxy.interrupt()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("control_plane.py", ["TAKEN", "127.0.0.1:1"]),
+        ("embed_proxy.py", ["TAKEN", "127.0.0.1:0", "1"]),
+        ("embed_proxy.py", ["127.0.0.1:0", "TAKEN", "1"]),
+    ],
+)
+def test_an_example_whose_port_is_in_use_says_so(script, arguments, pki):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = "127.0.0.1:{1}".format(*taken.getsockname())
+        command = [*PYTHON, EXAMPLES / script, pki, *(where if word == "TAKEN" else word for word in arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1), done.stderr
+    assert done.stderr.startswith(f"{script}: cannot listen on {where}: ")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -45,7 +45,7 @@ def test_every_file_missing_directory_or_garbage(worker, tmp_path, field):
 
     what = {"ca": "CA file", "cert": "certificate file", "key": "key file"}[field]
     kind = "private key" if field == "key" else "certificate"
-    refused(other(tmp_path / "nope.pem"), f"^{what} .*nope.pem does not exist$")
+    refused(other(tmp_path / "nope.pem"), f"^{what} {tmp_path}/nope.pem does not exist; check the path, or .+$")
     refused(other(tmp_path), f"^{what} .* is a directory; name the file inside it$")
     refused(other("a\0b"), f"^{what} .* cannot be read: embedded null byte$")
     refused(other("/dev/zero"), f"^{what} /dev/zero is larger than 1048576 bytes: not a PEM file$")
@@ -186,11 +186,21 @@ async def test_frontend_takes_clients_of_its_own_ca(ca, foreign, plane, worker):
     assert "sent no certificate" in explain((await meet(context, lenient_client(None))).server, "C")
 
 
+def test_a_relative_path_is_told_in_full(worker, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(
+        TLSFiles(worker.ca, "pki/nope.pem", worker.key), f"^certificate file {tmp_path}/pki/nope.pem does not exist; "
+    )
+
+
 def test_frontend_files(ca, plane, worker, tmp_path):
     for arguments, sentence in (
         ((worker.cert, worker.key, ca.ca), "is not for servers: its extended key usage lacks serverAuth"),
         ((plane.cert, worker.key, ca.ca), "does not belong to certificate file"),
-        ((plane.cert, plane.key, tmp_path / "no"), "^CA file .* does not exist$"),
+        (
+            (plane.cert, plane.key, tmp_path / "no"),
+            "^CA file .*/no does not exist; check the path, or copy the CA's ca.pem there$",
+        ),
         ((plane.cert, plane.key, plane.cert), "holds a certificate that is not a CA's"),
     ):
         with pytest.raises(CertificateError, match=sentence):

@@ -133,9 +133,55 @@ def test_issue_overwrites_nothing_not_even_a_dangling_link(ca, existing):
     assert listing(ca) == sorted(["ca.key", "ca.pem", existing])
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_a_certificate_may_be_written_elsewhere_than_next_to_the_ca(ca, tmp_path, umask):
+    old = pki.issue(ca, "worker", "w")
+    out = tmp_path / "new" / "pki"
+    before = os.umask(umask)
+    try:
+        renewed = pki.issue(ca, "worker", "w", out=out)
+    finally:
+        os.umask(before)
+    assert (renewed.cert, renewed.key) == (out / "w.pem", out / "w.key")
+    assert listing(out) == ["w.key", "w.pem"] and listing(ca) == ["ca.key", "ca.pem", "w.key", "w.pem"]
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700 and stat.S_IMODE(renewed.key.stat().st_mode) == 0o600
+    assert load(renewed.cert).serial_number != load(old.cert).serial_number
+    TLSFiles(ca / "ca.pem", renewed.cert, renewed.key).client_context()
+    with pytest.raises(ConfigurationError, match=r"pki/w\.key exists already"):
+        pki.issue(ca, "worker", "w", out=out)
+    assert load(renewed.cert).serial_number == load(out / "w.pem").serial_number
+
+
+def test_nothing_is_made_elsewhere_when_there_is_no_certificate_for_it(ca, tmp_path):
+    (ca / "ca.key").unlink()
+    with pytest.raises(CertificateError):
+        pki.issue(ca, "worker", "w", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    pki.init_ca(tmp_path / "other")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"directory .*/file cannot be made"):
+        pki.issue(tmp_path / "other", "worker", "w", out=tmp_path / "file")
+
+
 def test_an_endpoint_cannot_be_named_over_the_ca(ca):
-    with pytest.raises(ConfigurationError, match=r"ca\.key exists already"):
-        pki.issue(ca, "worker", "ca")
+    for out in (None, ca / "elsewhere"):  # where it would look as if it were the CA's
+        with pytest.raises(ConfigurationError, match=r"^name ca is reserved: ca\.pem and ca\.key are the CA's; choose"):
+            pki.issue(ca, "worker", "ca", out=out)
+    assert listing(ca) == ["ca.key", "ca.pem"]
+
+
+def test_a_directory_without_a_name_is_not_the_current_one(ca, monkeypatch):
+    monkeypatch.chdir(ca)
+    for call in (
+        lambda: pki.init_ca(""),
+        lambda: pki.issue("", "worker", "w"),
+        lambda: pki.issue(ca, "worker", "w", out=""),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=r"^the directory has an empty name: write one such as pki, or \. for"
+        ):
+            call()
+    assert listing(ca) == ["ca.key", "ca.pem"]
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -178,7 +224,7 @@ def test_an_interrupted_write_leaves_nothing(ca, monkeypatch):
 def test_a_file_in_place_of_the_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigurationError, match="cannot be made"):
+        with pytest.raises(ConfigurationError, match=r"cannot be made: .+; choose one where this user may write$"):
             pki.init_ca(directory)
     with pytest.raises(CertificateError, match="holds no CA; make one with: konnektor pki init"):
         pki.issue(tmp_path, "worker", "w")
@@ -224,7 +270,7 @@ def test_a_key_of_another_ca(ca, tmp_path):
 
 def test_a_ca_without_its_key(ca):
     (ca / "ca.key").unlink()
-    with pytest.raises(CertificateError, match=r"CA key file .*ca.key does not exist"):
+    with pytest.raises(CertificateError, match=r"CA key file .*ca.key does not exist; restore it"):
         pki.issue(ca, "worker", "w")
 
 
