@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_numbers_of_this_implementation():
 
 
 def test_every_exported_name_is_in_the_api_document():
-    text = (DOCS / "api.md").read_text()
+    text = re.sub(r"^```.*?^```$", "", (DOCS / "api.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     names = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
     assert set(konnektor.__all__) <= names
 
@@ -141,6 +142,23 @@ def test_console_blocks_name_real_commands_and_flags():
                 command = command.commands[words.pop(0)]
             known = {spelling for option in command.params for spelling in option.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_the_wrapper_tells_systemd_of_the_ready_line(tmp_path):
+    (script,) = re.findall(r"^```bash\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    endpoint = tmp_path / "konnektor"
+    for path, text in (
+        (tmp_path / "wrapper", script.replace("/opt/konnektor/bin/konnektor ", f"{endpoint} ")),
+        (tmp_path / "systemd-notify", f'#!/bin/sh\necho "$@" >{tmp_path}/told\n'),
+        # The reader runs beside it: an endpoint lives longer than it takes to read a line.
+        (endpoint, f"#!/bin/sh\necho 'ready worker='$1\nwhile ! [ -s {tmp_path}/told ]; do sleep 0.05; done\nexit 5\n"),
+    ):
+        path.write_text(text)
+        path.chmod(0o700)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([tmp_path / "wrapper", "a b"], env=env, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "ready worker=a b\n", "")
+    assert (tmp_path / "told").read_text() == "--ready\n"
 
 
 def test_vectors_are_where_the_protocol_says():

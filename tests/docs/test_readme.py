@@ -103,6 +103,7 @@ def matches(output, expected):
 @pytest.mark.needs_tool("curl")
 def test_blocks_run_in_order(shell, ports, tmp_path, stack):
     ran = 0
+    hello = tmp_path / "site" / "hello.txt"
     log = stack.enter_context((tmp_path / "log").open("w"))
     for language, text in BLOCKS:
         block = re.sub(rf"(?<=[: ])({'|'.join(PORTS)})\b", lambda port: ports[port[0]], text)
@@ -117,16 +118,19 @@ def test_blocks_run_in_order(shell, ports, tmp_path, stack):
                     if command.endswith("&"):
                         shell(f"exec {command.removesuffix('&')}")
                         wait_for_port(ports["8000"])
+                        # What anyone may fetch now is what was put there for it, and no key.
+                        assert command.split("--directory ")[1].split()[0] == "site"
+                        assert list((tmp_path / "site").iterdir()) == [hello]
                         continue
                     output, _ = (process := shell(command)).communicate(timeout=WITHIN)
                     assert process.returncode == 0, output
-                    if expected:
+                    if expected and command is commands[-1]:  # the output of a block is its last command's
                         assert matches(output, expected), output
         elif language == "python":
             (tmp_path / "program.py").write_text(block)
             output, _ = (process := shell("python -X dev program.py")).communicate(timeout=WITHIN)
             assert process.returncode == 0, output
-            assert "HTTP/1.0 200 OK" in output and (tmp_path / "pki" / "ca.pem").read_text() in output.replace("\r", "")
+            assert "HTTP/1.0 200 OK" in output and output.rstrip().endswith("\n" + hello.read_text().rstrip())
         else:
             continue
         ran += 1
