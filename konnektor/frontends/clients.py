@@ -175,7 +175,9 @@ class Clients:
     def abort(self) -> None:
         """Drops every client, so that none of them takes it for the end of what it was reading."""
         for transport in list(self._here):
-            reset_on_close(transport.get_extra_info("socket"))
+            sock = transport.get_extra_info("socket")
+            if sock is not None:  # asyncio's TLS has none any more in the turn before it says that the client is gone
+                reset_on_close(sock)
             transport.abort()
         for forward in list(self._udp):
             forward.close()

@@ -512,3 +512,23 @@ async def test_closing_during_a_handshake(certs):
             await t.plane.aclose()
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
+
+
+class Leaving(asyncio.Transport):
+    """As asyncio's of TLS in the turn of the loop before its protocol hears that the connection is lost."""
+
+    on_closed = None
+
+    def get_protocol(self):
+        return self
+
+    def abort(self):
+        asyncio.get_running_loop().call_soon(self.on_closed)
+
+
+async def test_closing_in_the_turn_in_which_a_client_of_tls_is_gone(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        client = Leaving()
+        plane._clients._add(client, client)
+        await plane.aclose()
+        assert not plane._clients._here
