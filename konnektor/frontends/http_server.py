@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, cast
 
 from konnektor.addresses import format_hostport
-from konnektor.errors import Code, KonnektorError
+from konnektor.errors import CertificateError, Code, KonnektorError
 from konnektor.frontends.http_connect import BadRequest, ConnectParser, ConnectRequest, response, status_for
 from konnektor.scratch import scratch
 from konnektor.splice import Splice
 from konnektor.stream import Stream
+from konnektor.tls import check_frontend_client
 
 __all__ = ["HttpConnect", "Opener"]
 
@@ -67,6 +68,13 @@ class HttpConnect(asyncio.BufferedProtocol):
         peer = transport.get_extra_info("peername")
         self._client = format_hostport(*peer[:2]) if isinstance(peer, tuple) else "a local client"
         self._timer = self._loop.call_later(HEAD_TIMEOUT, self._refuse, BadRequest(408, "Request Timeout"))
+        ssl_object = transport.get_extra_info("ssl_object")
+        if ssl_object is not None:
+            # Not in the handshake: under TLS 1.3 the client is through by now, and an answer tells it more than an alert.
+            try:
+                check_frontend_client(ssl_object)
+            except CertificateError as error:
+                self._refuse(error)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return scratch().view[:EARLY]
