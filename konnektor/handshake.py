@@ -250,8 +250,15 @@ def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
     return f"the certificate of {peer} is refused: {exc.verify_message}; issue it again"
 
 
+# An SSLError whose reason Python has no name for, as "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)".
+_NAMELESS: Final = re.compile(r"\[\w+\] (.+?)(?: \(_ssl\.c:\d+\))?")
+
+
 def _explain_ssl(exc: ssl.SSLError, peer: str) -> str:
-    reason = str(getattr(exc, "reason", None) or "").upper().replace(" ", "_").replace("/", "_")
+    reason = getattr(exc, "reason", None)
+    if not reason and (nameless := _NAMELESS.fullmatch(first_line(exc))):
+        reason = nameless[1]
+    reason = str(reason or "").upper().replace(" ", "_").replace("/", "_")
     # Python has had TLSV1_ALERT_UNKNOWN_CA, TLSV13_ALERT_..., and OpenSSL 3.2 and later say "ssl/tls alert ...".
     alert = reason.partition("ALERT_")[2]
     if alert in _OUR_CERTIFICATE:
