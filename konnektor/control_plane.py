@@ -27,7 +27,7 @@ from konnektor.frames import Feature
 from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
-from konnektor.handshake import explain, with_alerts
+from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.limits import Limits, format_size
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.mux import MuxStream
@@ -410,10 +410,11 @@ class ControlPlane(Endpoint):
             nonlocal verdict
             verdict = self._check_hello(session)
 
+        context = with_alerts(self._context.get(), sock)
         try:
             await Session.server(
                 sock,
-                tls=with_alerts(self._context.get(), sock),
+                tls=context,
                 limits=self.limits,
                 handlers=self.handlers,
                 settings=self._settings,
@@ -423,7 +424,9 @@ class ControlPlane(Endpoint):
                 classify=self._priorities.of,
             )
         except HandshakeError as error:
-            if verdict is None:
+            if left_silently(context, error.__cause__):
+                logger.debug("%s left without having sent anything", peer)
+            elif verdict is None:
                 logger.warning("refused a connection: %s", explain(error.__cause__, peer))
             elif verdict:  # else it was a session, if only for a moment, and its end was told
                 logger.warning("refused %s", verdict)

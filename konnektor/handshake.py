@@ -21,6 +21,7 @@ __all__ = [
     "date",
     "explain",
     "first_line",
+    "left_silently",
     "printable",
     "with_alerts",
     "words",
@@ -47,12 +48,25 @@ def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
     return cast("ssl.SSLContext", _Alerting(context, sock))
 
 
+def left_silently(context: ssl.SSLContext, exc: BaseException | None) -> bool:
+    """Whether the peer ended the connection before it had sent a byte, as load balancers do to see if a port is open.
+
+    Args:
+        context: of ``with_alerts``, for this connection.
+        exc: what the handshake raised.
+    """
+    # A peer that is silent until its time is up is another matter: it held a place all that while.
+    ended = isinstance(exc, ConnectionError) and not isinstance(exc, ConnectionAbortedError)
+    return ended and isinstance(context, _Alerting) and not context.heard
+
+
 class _Alerting:
     """An SSLContext by its one method that matters here; ssl has no cheap way to copy a real one."""
 
     def __init__(self, context: ssl.SSLContext, sock: socket.socket) -> None:
         self._context = context
         self._sock = sock
+        self._ssl_object: AlertingSSLObject | None = None
 
     # uvloop asks isinstance(context, SSLContext), and this is how an object says yes (as mocks do).
     @property  # type: ignore[misc]
@@ -72,15 +86,26 @@ class _Alerting:
         ssl_object = self._context.wrap_bio(incoming, outgoing, server_side, server_hostname)
         if isinstance(ssl_object, AlertingSSLObject):
             ssl_object.alert = (outgoing, self._sock)
+            ssl_object.incoming = incoming
+            self._ssl_object = ssl_object
         return ssl_object
+
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come from the peer."""
+        return self._ssl_object is not None and self._ssl_object.heard
 
 
 class AlertingSSLObject(ssl.SSLObject):
     """An SSLObject that makes the most of a handshake's failure while its details still exist."""
 
     alert: tuple[ssl.MemoryBIO, socket.socket] | None = None
+    incoming: ssl.MemoryBIO | None = None
+    heard = False
 
     def do_handshake(self) -> None:
+        if self.incoming is not None and self.incoming.pending:
+            self.heard = True
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):

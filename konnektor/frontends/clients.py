@@ -17,7 +17,7 @@ from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
-from konnektor.handshake import explain, with_alerts
+from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.listening import Acceptor, bind_tcp, bind_udp, bind_unix, bound_name
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
@@ -133,16 +133,20 @@ class Clients:
     async def _secure(self, client: HttpConnect, context: ReloadingContext, sock: socket.socket, peer: str) -> None:
         """The TLS handshake of a client, or one line that says why not."""
         loop = asyncio.get_running_loop()
+        tls = with_alerts(context.get(), sock)
         try:
             await loop.connect_accepted_socket(
                 lambda: client,
                 sock,
-                ssl=with_alerts(context.get(), sock),
+                ssl=tls,
                 ssl_handshake_timeout=TLS_TIMEOUT,
                 ssl_shutdown_timeout=TLS_TIMEOUT,
             )
         except OSError as error:
-            logger.warning("refused a connection: %s", explain(error, peer))
+            if left_silently(tls, error):
+                logger.debug("%s left without having sent anything", peer)
+            else:
+                logger.warning("refused a connection: %s", explain(error, peer))
             return
         if client.transport is not None:
             self._add(client, client.transport)
