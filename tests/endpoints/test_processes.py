@@ -265,6 +265,20 @@ def test_a_second_signal_aborts(plane, worker, which):
         assert reset_by_peer(held.client) or which == "worker"
 
 
+@pytest.mark.parametrize("which", ["worker", "control-plane"])
+def test_a_hangup_ends_no_endpoint(plane, worker, web, which):
+    control_plane = plane("--forward", f"127.0.0.1:0=node-1/127.0.0.1:{web}")
+    node = worker(control_plane)
+    hung = node if which == "worker" else control_plane
+    hung.signal(signal.SIGHUP)
+    wait_for_line(hung, "SIGHUP: going on")
+    with socket.create_connection(forwarded(control_plane)) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.makefile("rb").read().endswith(b"hello\n")
+    for process in (node, control_plane):
+        process.stop()
+
+
 def wait_for_line(process, text):
     """Bounded by the test's timeout."""
     while text not in process.log.read_text():

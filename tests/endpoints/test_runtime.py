@@ -65,6 +65,21 @@ async def test_a_second_signal_aborts(second, log):
     assert log() == ["SIGTERM: draining for up to 25 s; once more aborts", f"{second.name}: aborting"]
 
 
+async def test_a_hangup_ends_nothing(log):
+    endpoint = Fake(drains=False)
+    serving = asyncio.create_task(serve(endpoint, forever(), 25))
+    await asyncio.sleep(0)
+    for lines in (1, 3):
+        signal.raise_signal(signal.SIGHUP)
+        await until(lambda lines=lines: len(log()) == lines)
+        if lines == 1:
+            await raise_signals(endpoint, [signal.SIGTERM])
+    assert not serving.done() and not endpoint.closed
+    assert set(log()[::2]) == {"SIGHUP: going on; certificate files that change are read again by themselves"}
+    await raise_signals(endpoint, [signal.SIGINT])
+    assert await serving == 130
+
+
 async def test_a_life_that_ends_by_itself():
     endpoint = Fake()
     assert await serve(endpoint, asyncio.sleep(0), 1) == 0
