@@ -3,14 +3,17 @@
 import contextlib
 import http.server
 import json
+import os
 import re
 import select
 import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -277,6 +280,27 @@ def test_a_hangup_ends_no_endpoint(plane, worker, web, which):
         assert client.makefile("rb").read().endswith(b"hello\n")
     for process in (node, control_plane):
         process.stop()
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams(certs, closed):
+    """Their descriptors went to the event loop, whose end then was an assertion of libuv's."""
+    port = unused_port()
+    arguments = ["-m", "konnektor", "control-plane", "--listen", f"127.0.0.1:{port}", *flags(certs.plane)]
+    command = 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed)
+    process = subprocess.Popen(["sh", "-c", command, "sh", sys.executable, *arguments])
+    try:
+        while True:  # bounded by the test's timeout
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.01)
+        for number in closed:
+            assert Path(f"/proc/{process.pid}/fd/{number}").samefile(os.devnull)
+        process.terminate()
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for_line(process, text):
