@@ -29,6 +29,7 @@ from konnektor.errors import (
     describe,
 )
 from konnektor.frames import Feature, Resume
+from konnektor.grace import Grace
 from konnektor.handlers import Handlers
 from konnektor.handshake import explain
 from konnektor.limits import Limits
@@ -144,6 +145,7 @@ class Session:
         self._classify = classify
         self._serving = Serving(self, classify)
         self._continuity = Continuity(self, find_session)
+        self._grace = Grace(self)
         self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
         self.on_suspended: Callable[[Session], None] | None = None
@@ -473,6 +475,7 @@ class Session:
 
     def start_drain(self, grace: float, reason: str = "") -> None:
         """As ``drain``, without waiting."""
+        self._grace.begin(grace)
         self._mux.drain(grace, clock(), reason=reason)
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
@@ -611,6 +614,7 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
+        self._grace.ended()
         self._continuity.ended(error)
         if self._driver.transport is None:
             self._finish()

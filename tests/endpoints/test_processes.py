@@ -240,7 +240,9 @@ def test_a_signal_drains_and_the_grace_resets(plane, worker, number, which):
         assert held.target.recv(100) == b"still"
         assert reset_by_peer(held.client) and reset_by_peer(held.target)
         assert leaving.wait() == 0
-    assert f"{number.name}: draining for up to 0.3 s; once more aborts" in leaving.log.read_text()
+    told = leaving.log.read_text()
+    assert f"{number.name}: draining for up to 0.3 s; once more aborts" in told
+    assert "the grace is over: cut off 1 stream with " in told
 
 
 def test_a_drain_ends_with_its_last_stream(plane, worker):
