@@ -6,7 +6,7 @@ import contextlib
 import re
 import socket
 import ssl
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, cast
 
 from cryptography import x509
@@ -30,6 +30,7 @@ __all__ = [
 ALPN: Final = "konnektor/1"
 
 _MAX_NAMES: Final = 8  # of the peer's names that are quoted in an error
+_MAX_HOLDER: Final = 300  # characters of whose certificate it is
 
 
 # -- Alerts: telling the peer why -------------------------------------------------------------------------------------
@@ -123,12 +124,17 @@ class AlertingSSLObject(ssl.SSLObject):
         if certificate is None:
             return
         try:
+            now = datetime.now(
+                UTC
+            )  # it may be that of a CA above whose dates are wrong: then nothing is said of this one's
             if error.verify_code in _WRONG_NAME:
                 error.add_note(", ".join(_host_names(certificate)[:_MAX_NAMES]) or "none")
-            elif error.verify_code == _EXPIRED:
+            elif error.verify_code == _EXPIRED and certificate.not_valid_after_utc < now:
                 error.add_note(date(certificate.not_valid_after_utc))
-            elif error.verify_code == _NOT_YET_VALID:
+                error.add_note(_holder(certificate))
+            elif error.verify_code == _NOT_YET_VALID and certificate.not_valid_before_utc > now:
                 error.add_note(date(certificate.not_valid_before_utc))
+                error.add_note(_holder(certificate))
         except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
             pass  # a damaged certificate: its verdict stands without details
 
@@ -143,17 +149,24 @@ class AlertingSSLObject(ssl.SSLObject):
 
 def _unverified(ssl_object: ssl.SSLObject) -> x509.Certificate | None:
     """The peer's certificate of a failed handshake, if this Python has a way to it (a public one since 3.13)."""
-    chain = getattr(ssl_object, "get_unverified_chain", None)
-    if chain is None:
-        chain = getattr(getattr(ssl_object, "_sslobj", None), "get_unverified_chain", None)
-    try:
-        first = (chain() or [None])[0] if chain is not None else None
-        if first is None:
-            return None
-        der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
-        return x509.load_der_x509_certificate(der)
-    except (ValueError, AttributeError, TypeError, ssl.SSLError):
-        return None
+    # A server that refuses has only the chain that OpenSSL built to verify it, however that went.
+    for name in ("get_unverified_chain", "get_verified_chain"):
+        chain = getattr(ssl_object, name, None) or getattr(getattr(ssl_object, "_sslobj", None), name, None)
+        try:
+            first = (chain() or [None])[0] if chain is not None else None
+            if first is not None:
+                der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
+                return x509.load_der_x509_certificate(der)
+        except (ValueError, AttributeError, TypeError, ssl.SSLError):
+            pass
+    return None
+
+
+def _holder(certificate: x509.Certificate) -> str:
+    """Whose certificate it says it is: its identity, if it has one, or its subject."""
+    names = alternative_names(certificate)
+    uris = [] if names is None else names.get_values_for_type(x509.UniformResourceIdentifier)
+    return printable((uris[0] if uris else certificate.subject.rfc4514_string())[:_MAX_HOLDER])
 
 
 def _host_names(certificate: x509.Certificate) -> list[str]:
@@ -249,8 +262,8 @@ def explain(exc: BaseException | None, peer: str) -> str:
 
 
 def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
-    notes = getattr(exc, "__notes__", ())
-    note = notes[0] if notes else ""
+    note, holder = (*getattr(exc, "__notes__", ()), "", "")[:2]
+    holder = holder and f" ({holder})"
     code = exc.verify_code
     if code in _WRONG_NAME:
         dialed = re.search(r"'(.*)'", exc.verify_message)
@@ -266,10 +279,12 @@ def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
         )
     if code == _EXPIRED:
         when = f" on {note}" if note else ""
-        return f"the certificate of {peer} expired{when}; issue a new one, and check the clocks of both machines"
+        return (
+            f"the certificate of {peer}{holder} expired{when}; issue a new one, and check the clocks of both machines"
+        )
     if code == _NOT_YET_VALID:
         when = f" before {note}" if note else " yet"
-        return f"the certificate of {peer} is not valid{when}; check the clocks of both machines"
+        return f"the certificate of {peer}{holder} is not valid{when}; check the clocks of both machines"
     if code == _WRONG_PURPOSE:
         return f"the certificate of {peer} is for another role than it has here; issue one with the right --role"
     return f"the certificate of {peer} is refused: {exc.verify_message}; issue it again"
