@@ -20,6 +20,8 @@ __all__ = ["run", "serve", "set_up_logging"]
 T = TypeVar("T")
 
 EXIT_ABORTED: Final = 130
+FIELDS: Final = ("session", "peer", "worker")
+"""Of a record, where it has them: which session of this process it is about, with whom, and which worker."""
 
 logger: Final = logging.getLogger("konnektor.runtime")
 
@@ -136,12 +138,15 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
+        line: dict[str, Any] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        for field in FIELDS:
+            if value := getattr(record, field, None):
+                line[field] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
 from konnektor.dial import reset_on_close, set_options
-from konnektor.errors import KonnektorError
+from konnektor.errors import KonnektorError, StreamError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
@@ -56,7 +56,10 @@ class Clients:
         """Listens on a local address for one destination; see ``ControlPlane.add_forward``."""
 
         def refused(error: KonnektorError) -> None:
-            logger.warning("forward %s: %s", forward, error)
+            # Otherwise the worker was not asked, and the text says so.
+            asked = isinstance(error, StreamError) and error.refused
+            why = f"worker {forward.worker}: {error}" if asked else str(error)
+            logger.warning("forward %s: %s", forward, why, extra={"worker": forward.worker})
 
         choose = partial(self._session_of, forward.worker)
         if forward.protocol == "udp":

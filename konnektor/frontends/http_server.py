@@ -134,9 +134,10 @@ class HttpConnect(asyncio.BufferedProtocol):
         self._stop_timer()
         status, phrase = status_for(error)
         what = f"CONNECT {target}" if target else "a request"
+        worker = error.worker if isinstance(error, KonnektorError) else ""
         # What came of a bad request is in the phrase already.
-        why = "" if isinstance(error, BadRequest) else f" ({error})"
-        logger.warning("refused %s %s: %d %s%s", self._client, what, status, phrase, why)
+        why = "" if isinstance(error, BadRequest) else f" ({worker and f'worker {worker}: '}{error})"
+        logger.warning("refused %s %s: %d %s%s", self._client, what, status, phrase, why, extra={"worker": worker})
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -165,7 +166,8 @@ class HttpConnect(asyncio.BufferedProtocol):
         except BaseException:
             stream.reset()
             raise
-        logger.debug("%s: CONNECT %s is up", self._client, target)
+        worker = stream.session.peer_name
+        logger.debug("%s: CONNECT %s is up, by worker %s", self._client, target, worker, extra={"worker": worker})
 
     async def _establish(self, stream: Stream) -> None:
         transport = self.transport

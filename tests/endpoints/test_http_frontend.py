@@ -100,7 +100,7 @@ async def test_routing(certs):
         assert await ask(where, f"127.0.0.1.node-9.konnektor.internal:{port}") == nobody
 
 
-async def test_what_a_client_is_told(certs, frontend, log):
+async def test_what_a_client_is_told(certs, frontend, log, caplog):
     with black_hole() as hole:
         limits = kk.Limits(open_deadline=0.3)
         async with tunnel(certs, allow=[f"127.0.0.1:{hole}", "127.0.0.1:1-9"], plane={"limits": limits}) as t:
@@ -116,8 +116,11 @@ async def test_what_a_client_is_told(certs, frontend, log):
             assert await ask(where, "x:1", "Content-Length: 1", **frontend.client) == "HTTP/1.1 400 CONNECT Has No Body"
             assert t.session.stream_count == 0
     refusals = [line for line in log() if line.startswith("refused") and "CONNECT 127." in line]
-    assert any(line.endswith("CONNECT 127.0.0.1:80: 403 Destination Denied by Policy (denied)") for line in refusals)
-    assert len(refusals) == 3
+    denied = "CONNECT 127.0.0.1:80: 403 Destination Denied by Policy (worker node-1: denied)"
+    assert any(line.endswith(denied) for line in refusals)
+    assert len(refusals) == 3 and all("worker node-1: " in line for line in refusals)
+    fields = {record.worker for record in caplog.records if record.getMessage() in refusals}
+    assert fields == {"node-1"}
 
 
 async def test_not_connect(certs):
