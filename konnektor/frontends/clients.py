@@ -47,6 +47,7 @@ class Clients:
         self._opener = opener
         self._session_of = session_of
         self._acceptors: list[Acceptor] = []
+        self._contexts: list[ReloadingContext] = []
         self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,7 +82,11 @@ class Clients:
         if isinstance(frontend, HttpsFrontend):
             files = frontend.cert, frontend.key, frontend.client_ca
             context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
-        return self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
+        sockets = await bind_tcp(frontend.host, frontend.port)
+        if context is not None:
+            self._contexts.append(context)
+            context.watch()
+        return self._listen(sockets, make, context)
 
     def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
         name = bound_name(sockets[0])
@@ -172,6 +177,8 @@ class Clients:
         """Takes no more clients, and tells those that have not asked for anything yet."""
         for acceptor in self._acceptors:
             acceptor.close()
+        for context in self._contexts:
+            context.stop()
         for transport in list(self._here):
             protocol = transport.get_protocol()
             if isinstance(protocol, HttpConnect):
