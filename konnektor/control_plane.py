@@ -27,7 +27,7 @@ from konnektor.frames import Feature
 from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
-from konnektor.handshake import explain, with_alerts
+from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.limits import Limits, format_size
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.mux import MuxStream
@@ -185,8 +185,10 @@ class ControlPlane(Endpoint):
         for session, routed in list(self._routed.items()):
             for stream, host in list(routed.items()):
                 if not stream.forgotten and not self._serves(session, host):
-                    name = session.peer_name
-                    logger.warning("ended a stream to %s: worker %s has no route for it any more", host, name)
+                    logger.warning(
+                        "ended a stream to %s: worker %s has no route for it any more",
+                        host, session.peer_name, extra=_about(session),
+                    )  # fmt: skip
                     stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
         self._targets.judge()
 
@@ -306,10 +308,12 @@ class ControlPlane(Endpoint):
             try:
                 stream = await session.open_tcp(choice.host, port, **kwargs)
             except StreamError as refusal:
+                refusal.worker = choice.worker
                 error = refusal
                 if not refusal.retryable:
                     raise
             except (SessionClosedError, PeerError) as gone:
+                gone.worker = choice.worker
                 error = gone
             else:
                 if worker is None and choice.host is host:
@@ -405,15 +409,18 @@ class ControlPlane(Endpoint):
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """From a socket to a session, or one line that says why not."""
         verdict: str | None = None
+        about: dict[str, Any] = {}
 
         def check_hello(session: Session) -> None:
-            nonlocal verdict
+            nonlocal verdict, about
+            about = _about(session)
             verdict = self._check_hello(session)
 
+        context = with_alerts(self._context.get(), sock)
         try:
             await Session.server(
                 sock,
-                tls=with_alerts(self._context.get(), sock),
+                tls=context,
                 limits=self.limits,
                 handlers=self.handlers,
                 settings=self._settings,
@@ -423,10 +430,12 @@ class ControlPlane(Endpoint):
                 classify=self._priorities.of,
             )
         except HandshakeError as error:
-            if verdict is None:
+            if left_silently(context, error.__cause__):
+                logger.debug("%s left without having sent anything", peer)
+            elif verdict is None:
                 logger.warning("refused a connection: %s", explain(error.__cause__, peer))
             elif verdict:  # else it was a session, if only for a moment, and its end was told
-                logger.warning("refused %s", verdict)
+                logger.warning("refused %s", verdict, extra=about)
 
     def _check_peer(self, session: Session, peer: str) -> None:
         assert session.ssl_object is not None
@@ -446,10 +455,12 @@ class ControlPlane(Endpoint):
                 return f"worker {name} at {here}: another process of that name is connected from {_where(old)}"
             if old.suspended:
                 # Its worker would have resumed it, if it could: a restarted one must not leave streams hanging.
-                logger.info("worker %s starts afresh from %s", name, here)
+                logger.info("worker %s starts afresh from %s", name, here, extra=_about(session))
                 old.close(Code.SHUTDOWN, "replaced by a newer session of this worker")
             elif not same_process:
-                logger.warning("worker %s at %s replaces %s, which is silent", name, here, _where(old))
+                logger.warning(
+                    "worker %s at %s replaces %s, which is silent", name, here, _where(old), extra=_about(session)
+                )
                 old.close(Code.TIMEOUT, "replaced after silence")
         for other in self._suspended_of(name):
             if not _same_process(other, session):
@@ -463,7 +474,13 @@ class ControlPlane(Endpoint):
                 f"worker {name} at {here}: its session would exceed the memory of {format_size(self._memory)} for all"
             )
         if old is not None and not old.closed:
-            logger.info("worker %s reconnected from %s; its session from %s drains", name, here, _where(old))
+            logger.info(
+                "worker %s reconnected from %s; its session from %s drains",
+                name,
+                here,
+                _where(old),
+                extra=_about(session),
+            )
             self._remove(old)
             if not old.draining:  # else it ends at its own time
                 old.start_drain(REPLACED_GRACE, "replaced by a newer session of this worker")
@@ -484,7 +501,7 @@ class ControlPlane(Endpoint):
             self._resumable[session.session_id] = session
         self._live.add(session)
         _ = self._spawn(self._see_out(session))
-        logger.info("worker %s connected from %s", name, _where(session))
+        logger.info("worker %s connected from %s", name, _where(session), extra=_about(session))
         self._publish(WorkerConnected(name, session))
 
     def _granted(self, session: Session, *, tell: bool = False) -> tuple[Route, ...]:
@@ -497,10 +514,12 @@ class ControlPlane(Endpoint):
                 claims.append(parse_route(claim))
             except ConfigurationError as error:
                 if tell:
-                    logger.warning("worker %s: ignored a claimed route: %s", name, error)
+                    logger.warning("worker %s: ignored a claimed route: %s", name, error, extra=_about(session))
         routes, ignored = granted_routes(name, claims, self._grants)
         for route in ignored if tell else ():
-            logger.warning("worker %s: ignored route %s, which no --grant-route grants", name, route)
+            logger.warning(
+                "worker %s: ignored route %s, which no --grant-route grants", name, route, extra=_about(session)
+            )
         return routes
 
     def _remove(self, session: Session) -> None:
@@ -513,7 +532,7 @@ class ControlPlane(Endpoint):
     def _suspended(self, session: Session) -> None:
         logger.warning(
             "lost the connection of worker %s at %s; it may resume its session within %g s",
-            session.peer_name, _where(session), self.limits.resume_grace,
+            session.peer_name, _where(session), self.limits.resume_grace, extra=_about(session),
         )  # fmt: skip
         if self._leaving:
             # Nobody is let in any more to resume it.
@@ -529,7 +548,7 @@ class ControlPlane(Endpoint):
     def _resumed(self, session: Session) -> None:
         logger.info(
             "worker %s resumed its session from %s: %d streams go on",
-            session.peer_name, _where(session), session.stream_count,
+            session.peer_name, _where(session), session.stream_count, extra=_about(session),
         )  # fmt: skip
 
     def _gone(self, session: Session) -> None:
@@ -541,7 +560,10 @@ class ControlPlane(Endpoint):
         of_name.remove(session)
         if not of_name:
             del self._of[session.peer_name]
-        logger.info("worker %s at %s disconnected: %s", session.peer_name, _where(session), session.error)
+        logger.info(
+            "worker %s at %s disconnected: %s",
+            session.peer_name, _where(session), session.error, extra=_about(session),
+        )  # fmt: skip
 
     async def _see_out(self, session: Session) -> None:
         await session.wait_closed()
@@ -574,6 +596,11 @@ def _same_process(a: Session, b: Session) -> bool:
     assert a.peer_settings is not None
     assert b.peer_settings is not None
     return bool(a.peer_settings.instance) and a.peer_settings.instance == b.peer_settings.instance
+
+
+def _about(session: Session) -> dict[str, Any]:
+    """The fields of a record of the log that is about a worker's session."""
+    return {**session._log_fields, "worker": session.peer_name}
 
 
 def _where(session: Session) -> str:

@@ -97,6 +97,8 @@ class Endpoint(ABC):
         await checkpoint()
         await self._start()
         self._started = True
+        if not self._leaving:
+            self._context.watch()
 
     @abstractmethod
     async def _start(self) -> None: ...
@@ -159,6 +161,7 @@ class Endpoint(ABC):
     def _leave(self, *, drain: bool) -> None:
         """Takes no new peers; ``drain`` lets what is open go on."""
         self._leaving = True
+        self._context.stop()
         self._targets.leave()
         self._changes.notify()
 

@@ -110,7 +110,13 @@ APPLICATION_CODES: Final = range(2**31, 2**32)
 
 
 class KonnektorError(Exception):
-    """Base of everything konnektor raises on purpose."""
+    """Base of everything konnektor raises on purpose.
+
+    Attributes:
+        worker: out of ``ControlPlane.open_tcp``, the worker that was asked; empty if none was.
+    """
+
+    worker: str = ""
 
 
 class ConfigurationError(KonnektorError, ValueError):

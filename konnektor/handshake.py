@@ -6,7 +6,7 @@ import contextlib
 import re
 import socket
 import ssl
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, cast
 
 from cryptography import x509
@@ -21,6 +21,7 @@ __all__ = [
     "date",
     "explain",
     "first_line",
+    "left_silently",
     "printable",
     "with_alerts",
     "words",
@@ -29,6 +30,7 @@ __all__ = [
 ALPN: Final = "konnektor/1"
 
 _MAX_NAMES: Final = 8  # of the peer's names that are quoted in an error
+_MAX_HOLDER: Final = 300  # characters of whose certificate it is
 
 
 # -- Alerts: telling the peer why -------------------------------------------------------------------------------------
@@ -47,12 +49,25 @@ def with_alerts(context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLContext:
     return cast("ssl.SSLContext", _Alerting(context, sock))
 
 
+def left_silently(context: ssl.SSLContext, exc: BaseException | None) -> bool:
+    """Whether the peer ended the connection before it had sent a byte, as load balancers do to see if a port is open.
+
+    Args:
+        context: of ``with_alerts``, for this connection.
+        exc: what the handshake raised.
+    """
+    # A peer that is silent until its time is up is another matter: it held a place all that while.
+    ended = isinstance(exc, ConnectionError) and not isinstance(exc, ConnectionAbortedError)
+    return ended and isinstance(context, _Alerting) and not context.heard
+
+
 class _Alerting:
     """An SSLContext by its one method that matters here; ssl has no cheap way to copy a real one."""
 
     def __init__(self, context: ssl.SSLContext, sock: socket.socket) -> None:
         self._context = context
         self._sock = sock
+        self._ssl_object: AlertingSSLObject | None = None
 
     # uvloop asks isinstance(context, SSLContext), and this is how an object says yes (as mocks do).
     @property  # type: ignore[misc]
@@ -72,15 +87,26 @@ class _Alerting:
         ssl_object = self._context.wrap_bio(incoming, outgoing, server_side, server_hostname)
         if isinstance(ssl_object, AlertingSSLObject):
             ssl_object.alert = (outgoing, self._sock)
+            ssl_object.incoming = incoming
+            self._ssl_object = ssl_object
         return ssl_object
+
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come from the peer."""
+        return self._ssl_object is not None and self._ssl_object.heard
 
 
 class AlertingSSLObject(ssl.SSLObject):
     """An SSLObject that makes the most of a handshake's failure while its details still exist."""
 
     alert: tuple[ssl.MemoryBIO, socket.socket] | None = None
+    incoming: ssl.MemoryBIO | None = None
+    heard = False
 
     def do_handshake(self) -> None:
+        if self.incoming is not None and self.incoming.pending:
+            self.heard = True
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -98,12 +124,17 @@ class AlertingSSLObject(ssl.SSLObject):
         if certificate is None:
             return
         try:
+            now = datetime.now(
+                UTC
+            )  # it may be that of a CA above whose dates are wrong: then nothing is said of this one's
             if error.verify_code in _WRONG_NAME:
                 error.add_note(", ".join(_host_names(certificate)[:_MAX_NAMES]) or "none")
-            elif error.verify_code == _EXPIRED:
+            elif error.verify_code == _EXPIRED and certificate.not_valid_after_utc < now:
                 error.add_note(date(certificate.not_valid_after_utc))
-            elif error.verify_code == _NOT_YET_VALID:
+                error.add_note(_holder(certificate))
+            elif error.verify_code == _NOT_YET_VALID and certificate.not_valid_before_utc > now:
                 error.add_note(date(certificate.not_valid_before_utc))
+                error.add_note(_holder(certificate))
         except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
             pass  # a damaged certificate: its verdict stands without details
 
@@ -118,17 +149,24 @@ class AlertingSSLObject(ssl.SSLObject):
 
 def _unverified(ssl_object: ssl.SSLObject) -> x509.Certificate | None:
     """The peer's certificate of a failed handshake, if this Python has a way to it (a public one since 3.13)."""
-    chain = getattr(ssl_object, "get_unverified_chain", None)
-    if chain is None:
-        chain = getattr(getattr(ssl_object, "_sslobj", None), "get_unverified_chain", None)
-    try:
-        first = (chain() or [None])[0] if chain is not None else None
-        if first is None:
-            return None
-        der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
-        return x509.load_der_x509_certificate(der)
-    except (ValueError, AttributeError, TypeError, ssl.SSLError):
-        return None
+    # A server that refuses has only the chain that OpenSSL built to verify it, however that went.
+    for name in ("get_unverified_chain", "get_verified_chain"):
+        chain = getattr(ssl_object, name, None) or getattr(getattr(ssl_object, "_sslobj", None), name, None)
+        try:
+            first = (chain() or [None])[0] if chain is not None else None
+            if first is not None:
+                der = first if isinstance(first, bytes) else ssl.PEM_cert_to_DER_cert(first.public_bytes())
+                return x509.load_der_x509_certificate(der)
+        except (ValueError, AttributeError, TypeError, ssl.SSLError):
+            pass
+    return None
+
+
+def _holder(certificate: x509.Certificate) -> str:
+    """Whose certificate it says it is: its identity, if it has one, or its subject."""
+    names = alternative_names(certificate)
+    uris = [] if names is None else names.get_values_for_type(x509.UniformResourceIdentifier)
+    return printable((uris[0] if uris else certificate.subject.rfc4514_string())[:_MAX_HOLDER])
 
 
 def _host_names(certificate: x509.Certificate) -> list[str]:
@@ -224,8 +262,8 @@ def explain(exc: BaseException | None, peer: str) -> str:
 
 
 def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
-    notes = getattr(exc, "__notes__", ())
-    note = notes[0] if notes else ""
+    note, holder = (*getattr(exc, "__notes__", ()), "", "")[:2]
+    holder = holder and f" ({holder})"
     code = exc.verify_code
     if code in _WRONG_NAME:
         dialed = re.search(r"'(.*)'", exc.verify_message)
@@ -241,17 +279,26 @@ def _explain_verification(exc: ssl.SSLCertVerificationError, peer: str) -> str:
         )
     if code == _EXPIRED:
         when = f" on {note}" if note else ""
-        return f"the certificate of {peer} expired{when}; issue a new one, and check the clocks of both machines"
+        return (
+            f"the certificate of {peer}{holder} expired{when}; issue a new one, and check the clocks of both machines"
+        )
     if code == _NOT_YET_VALID:
         when = f" before {note}" if note else " yet"
-        return f"the certificate of {peer} is not valid{when}; check the clocks of both machines"
+        return f"the certificate of {peer}{holder} is not valid{when}; check the clocks of both machines"
     if code == _WRONG_PURPOSE:
         return f"the certificate of {peer} is for another role than it has here; issue one with the right --role"
     return f"the certificate of {peer} is refused: {exc.verify_message}; issue it again"
 
 
+# An SSLError whose reason Python has no name for, as "[SSL] tlsv1 alert no application protocol (_ssl.c:1006)".
+_NAMELESS: Final = re.compile(r"\[\w+\] (.+?)(?: \(_ssl\.c:\d+\))?")
+
+
 def _explain_ssl(exc: ssl.SSLError, peer: str) -> str:
-    reason = str(getattr(exc, "reason", None) or "").upper().replace(" ", "_").replace("/", "_")
+    reason = getattr(exc, "reason", None)
+    if not reason and (nameless := _NAMELESS.fullmatch(first_line(exc))):
+        reason = nameless[1]
+    reason = str(reason or "").upper().replace(" ", "_").replace("/", "_")
     # Python has had TLSV1_ALERT_UNKNOWN_CA, TLSV13_ALERT_..., and OpenSSL 3.2 and later say "ssl/tls alert ...".
     alert = reason.partition("ALERT_")[2]
     if alert in _OUR_CERTIFICATE:

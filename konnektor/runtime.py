@@ -20,6 +20,8 @@ __all__ = ["run", "serve", "set_up_logging"]
 T = TypeVar("T")
 
 EXIT_ABORTED: Final = 130
+FIELDS: Final = ("session", "peer", "worker")
+"""Of a record, where it has them: which session of this process it is about, with whom, and which worker."""
 
 logger: Final = logging.getLogger("konnektor.runtime")
 
@@ -71,6 +73,8 @@ class Served(Protocol):
 async def serve(endpoint: Served, life: Coroutine[Any, Any, None], grace: float) -> int:
     """Runs ``life`` until SIGTERM or SIGINT, then drains within ``grace`` seconds; a second signal aborts.
 
+    SIGHUP, which makes other servers read their files again, is only answered in the log: here it takes no signal.
+
     Args:
         endpoint: closed at the end, whatever happens.
         life: starts the endpoint and goes on for as long as it serves.
@@ -86,6 +90,7 @@ async def serve(endpoint: Served, life: Coroutine[Any, Any, None], grace: float)
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    loop.add_signal_handler(signal.SIGHUP, _hung_up)
     serving = loop.create_task(life)
     first = loop.create_task(signals.get())
     tasks: list[asyncio.Task[Any]] = [serving, first]
@@ -109,8 +114,12 @@ async def serve(endpoint: Served, life: Coroutine[Any, Any, None], grace: float)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await endpoint.aclose()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
+
+
+def _hung_up() -> None:
+    logger.info("SIGHUP: going on; certificate files that change are read again by themselves")
 
 
 class _Text(logging.Formatter):
@@ -129,12 +138,15 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
+        line: dict[str, Any] = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        for field in FIELDS:
+            if value := getattr(record, field, None):
+                line[field] = value
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

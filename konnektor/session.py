@@ -29,6 +29,7 @@ from konnektor.errors import (
     describe,
 )
 from konnektor.frames import Feature, Resume
+from konnektor.grace import Grace
 from konnektor.handlers import Handlers
 from konnektor.handshake import explain
 from konnektor.limits import Limits
@@ -55,10 +56,17 @@ _numbers = itertools.count(1)
 
 
 class _Log(logging.LoggerAdapter[logging.Logger]):
-    """Puts the session in front of each line."""
+    """Puts the session in front of each line, with its peer's name once that is known."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(logger, {})
+        self._session = session
 
     def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
-        return f"[{(self.extra or {})['session']}] {msg}", kwargs
+        session = self._session
+        name = session.peer_name.replace("%", "?")  # a part of the format
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **session._log_fields}
+        return f"[{session.number}{name and ' ' + name}] {msg}", kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +152,13 @@ class Session:
         self._classify = classify
         self._serving = Serving(self, classify)
         self._continuity = Continuity(self, find_session)
+        self._grace = Grace(self)
         self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
         self.on_suspended: Callable[[Session], None] | None = None
         self.on_resumed: Callable[[Session], None] | None = None
         self.on_ended: Callable[[Session], None] | None = None
-        self.log = _Log(logger, {"session": self.number})
+        self.log = _Log(self)
         self._driver = Driver(self._connected, self._connection_lost)
         self._alarm = Alarm(self._due, self._failed)
         # Straight to the driver and the timer: called once or twice in every turn of the loop.
@@ -176,6 +185,11 @@ class Session:
             else "up"
         )  # fmt: skip
         return f"<Session {self.number} with {self.peer_name or self.remote_address} {state}>"
+
+    @property
+    def _log_fields(self) -> dict[str, Any]:
+        """What records of the log say of the session in fields of their own (``extra=``), as ``--log-format json`` shows."""
+        return {"session": self.number, "peer": self.peer_name}
 
     def _peer(self) -> str:
         """The peer, as a sentence calls it."""
@@ -473,6 +487,7 @@ class Session:
 
     def start_drain(self, grace: float, reason: str = "") -> None:
         """As ``drain``, without waiting."""
+        self._grace.begin(grace)
         self._mux.drain(grace, clock(), reason=reason)
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
@@ -611,6 +626,7 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
+        self._grace.ended()
         self._continuity.ended(error)
         if self._driver.transport is None:
             self._finish()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -58,6 +58,7 @@ __all__ = [
     "Role",
     "TLSFiles",
     "certificate_identity",
+    "check_frontend_client",
     "check_name",
     "check_trust_domain",
     "frontend_context",
@@ -228,7 +229,7 @@ class TLSFiles:
         return _log_keys(self._build(authorities, server_side=role is Role.CONTROL_PLANE))
 
     def _build(self, authorities: Sequence[x509.Certificate], *, server_side: bool) -> ssl.SSLContext:
-        context = _context(self.cert, self.key, authorities, server_side=server_side)
+        context = _context(ssl.SSLContext, self.cert, self.key, authorities, server_side=server_side)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.set_alpn_protocols([ALPN])
         return context
@@ -280,7 +281,8 @@ def frontend_context(
 ) -> ssl.SSLContext:
     """A context for an ``https://`` frontend: TLS 1.2 or later, and a client certificate from ``client_ca``.
 
-    Its clients (a kube-apiserver, say) are not konnektor's: no ALPN, no identity in a URI.
+    Its clients (a kube-apiserver, say) are not konnektor's: no ALPN, no identity in a URI. Those that have one all
+    the same are for ``check_frontend_client`` to judge, after the handshake.
 
     Raises:
         CertificateError: a file that cannot be used.
@@ -293,21 +295,33 @@ def frontend_context(
         raise CertificateError(
             f"certificate file {_name(cert)} is not for servers: its extended key usage lacks serverAuth"
         )
-    context = _context(cert, key, authorities, server_side=True)
+    context = _context(_FrontendContext, cert, key, authorities, server_side=True)
+    own = _identities(leaf)
+    context.trust_domain = own[0].trust_domain if own else None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
     return _log_keys(context)
 
 
+class _FrontendContext(ssl.SSLContext):
+    """A frontend's, which knows the trust domain of its own certificate; None if that has no konnektor identity."""
+
+    trust_domain: str | None = None
+
+
+_C = TypeVar("_C", bound=ssl.SSLContext)
+
+
 def _context(
+    kind: type[_C],
     cert: str | os.PathLike[str],
     key: str | os.PathLike[str],
     authorities: Sequence[x509.Certificate],
     *,
     server_side: bool,
-) -> ssl.SSLContext:
+) -> _C:
     """What every context of ours has in common: certificates both ways, strictly checked, and no resumption."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context = kind(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.sslobject_class = AlertingSSLObject
     context.verify_mode = ssl.CERT_REQUIRED
     # As Python 3.13's defaults: RFC 5280 to the letter, and any CA in the file is a trust anchor.
@@ -523,6 +537,48 @@ def peer_identity(ssl_object: ssl.SSLObject, expected: Role, *, trust_domain: st
     except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise CertificateError(f"the certificate of {peer} is damaged: {_quote(str(error))}") from None
     return identity
+
+
+def check_frontend_client(ssl_object: ssl.SSLObject) -> None:
+    """May the client of an ``https://`` frontend be served, whose handshake with a ``frontend_context`` is finished?
+
+    OpenSSL has found that ``client_ca`` issued its certificate. But that may be the tunnel's own CA, and a worker's key
+    must not open the way to all other workers: who has a konnektor identity must have it as a client, of our trust domain
+    if our own certificate names one. Certificates without one, such as a kube-apiserver's, are good as they are.
+
+    Args:
+        ssl_object: ``transport.get_extra_info("ssl_object")``, under asyncio or uvloop.
+
+    Raises:
+        CertificateError: nothing may be served to this client.
+    """
+    der = ssl_object.getpeercert(binary_form=True)
+    if der is None:
+        raise CertificateError("the client sent no certificate")
+    try:
+        identities = _identities(x509.load_der_x509_certificate(der))
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise CertificateError(f"the client's certificate is damaged: {_quote(str(error))}") from None
+    ours = getattr(ssl_object.context, "trust_domain", None)
+    for identity in identities:
+        if identity.role is not Role.CLIENT:
+            raise CertificateError(
+                f"its certificate is for a {identity.role}, {identity}; "
+                "issue one with konnektor pki issue --role client --name NAME"
+            )
+        if ours is not None and identity.trust_domain != ours:
+            raise CertificateError(
+                f"its certificate, {identity}, belongs to trust domain {identity.trust_domain}, not to ours, {ours}"
+            )
+
+
+def _identities(certificate: x509.Certificate) -> list[Identity]:
+    """Every konnektor identity in a certificate; other URIs are none of our business."""
+    found = []
+    for uri in _uris(certificate):
+        with contextlib.suppress(CertificateError):
+            found.append(Identity.parse(uri))
+    return found
 
 
 def certificate_identity(certificate: x509.Certificate) -> Identity:

@@ -275,10 +275,13 @@ class Worker(Endpoint):
             except ResumeRefusedError as error:
                 if instead is not None and instead.peer_settings is not None:
                     continue
-                logger.warning("%s no longer knows the session; starting afresh (%s)", peer, error)
+                logger.warning(
+                    "%s no longer knows the session; starting afresh (%s)", peer, error, extra=session._log_fields
+                )
             except KonnektorError as error:
                 if session.suspended:
-                    logger.warning("cannot resume the session: %s; trying again", _why(error, peer))
+                    why = _why(error, peer)
+                    logger.warning("cannot resume the session: %s; trying again", why, extra=session._log_fields)
                 strangers += isinstance(error.__cause__, IdentityError)
                 if strangers == STRANGERS:
                     session.close(Code.IDENTITY, f"{peer} is not the one that has the session")
@@ -331,7 +334,7 @@ class Worker(Endpoint):
 
     def _begin(self, address: tuple[str, int], session: Session) -> None:
         """On the connection that was to resume another, which the control plane has no more."""
-        logger.warning("%s no longer knows the session; starting afresh", session.peer_name)
+        logger.warning("%s no longer knows the session; starting afresh", session.peer_name, extra=session._log_fields)
         self._begun[address] = session
         self._add(session, address, asyncio.get_running_loop().time())
         if self._leaving:
@@ -344,19 +347,22 @@ class Worker(Endpoint):
         session.on_ended = lambda _: self._changes.notify()
         session.on_suspended = lambda session: self._suspended(session, where)
         session.on_resumed = lambda session: self._resumed(session, where)
-        logger.info("connected to %s at %s", session.peer_name, where)
+        logger.info("connected to %s at %s", session.peer_name, where, extra=session._log_fields)
         self._live.add(session)
         _ = self._spawn(self._see_out(session, address, since))
         self._changes.notify()
 
     def _suspended(self, session: Session, where: str) -> None:
-        logger.warning("lost the connection to %s at %s; resuming the session", session.peer_name, where)
+        logger.warning(
+            "lost the connection to %s at %s; resuming the session", session.peer_name, where, extra=session._log_fields
+        )
         self._changes.notify()
 
     def _resumed(self, session: Session, where: str) -> None:
         logger.info(
-            "resumed the session with %s at %s: %d streams go on", session.peer_name, where, session.stream_count
-        )
+            "resumed the session with %s at %s: %d streams go on",
+            session.peer_name, where, session.stream_count, extra=session._log_fields,
+        )  # fmt: skip
         self._changes.notify()
 
     async def _see_out(self, session: Session, address: tuple[str, int], since: float) -> None:
@@ -367,7 +373,10 @@ class Worker(Endpoint):
         if self._sessions.get(address) is session:
             del self._sessions[address]
         self._changes.notify()
-        logger.info("disconnected from %s at %s: %s", session.peer_name, format_hostport(*address), session.error)
+        logger.info(
+            "disconnected from %s at %s: %s",
+            session.peer_name, format_hostport(*address), session.error, extra=session._log_fields,
+        )  # fmt: skip
 
 
 def _obstacle(error: KonnektorError, where: str) -> str:

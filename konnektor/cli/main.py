@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from importlib.metadata import version
@@ -68,7 +69,21 @@ cli.add_command(demo)
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
+    _open_standard_streams()
     sys.exit(_run(args))
+
+
+def _open_standard_streams() -> None:
+    """Keeps a descriptor of 0 to 2 that is closed, as after ``>&-``, from becoming a socket or the event loop's own.
+
+    What is written to standard output would go there then, and libuv takes it for a defect that it may close one.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free: this one
+            os.set_inheritable(opened, True)
 
 
 def _run(args: list[str] | None) -> int:

@@ -12,12 +12,12 @@ from typing import Any, Final
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
 from konnektor.dial import reset_on_close, set_options
-from konnektor.errors import KonnektorError
+from konnektor.errors import KonnektorError, StreamError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
-from konnektor.handshake import explain, with_alerts
+from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.listening import Acceptor, bind_tcp, bind_udp, bind_unix, bound_name
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
@@ -47,6 +47,7 @@ class Clients:
         self._opener = opener
         self._session_of = session_of
         self._acceptors: list[Acceptor] = []
+        self._contexts: list[ReloadingContext] = []
         self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -56,7 +57,10 @@ class Clients:
         """Listens on a local address for one destination; see ``ControlPlane.add_forward``."""
 
         def refused(error: KonnektorError) -> None:
-            logger.warning("forward %s: %s", forward, error)
+            # Otherwise the worker was not asked, and the text says so.
+            asked = isinstance(error, StreamError) and error.refused
+            why = f"worker {forward.worker}: {error}" if asked else str(error)
+            logger.warning("forward %s: %s", forward, why, extra={"worker": forward.worker})
 
         choose = partial(self._session_of, forward.worker)
         if forward.protocol == "udp":
@@ -78,7 +82,11 @@ class Clients:
         if isinstance(frontend, HttpsFrontend):
             files = frontend.cert, frontend.key, frontend.client_ca
             context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
-        return self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
+        sockets = await bind_tcp(frontend.host, frontend.port)
+        if context is not None:
+            self._contexts.append(context)
+            context.watch()
+        return self._listen(sockets, make, context)
 
     def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
         name = bound_name(sockets[0])
@@ -133,16 +141,20 @@ class Clients:
     async def _secure(self, client: HttpConnect, context: ReloadingContext, sock: socket.socket, peer: str) -> None:
         """The TLS handshake of a client, or one line that says why not."""
         loop = asyncio.get_running_loop()
+        tls = with_alerts(context.get(), sock)
         try:
             await loop.connect_accepted_socket(
                 lambda: client,
                 sock,
-                ssl=with_alerts(context.get(), sock),
+                ssl=tls,
                 ssl_handshake_timeout=TLS_TIMEOUT,
                 ssl_shutdown_timeout=TLS_TIMEOUT,
             )
         except OSError as error:
-            logger.warning("refused a connection: %s", explain(error, peer))
+            if left_silently(tls, error):
+                logger.debug("%s left without having sent anything", peer)
+            else:
+                logger.warning("refused a connection: %s", explain(error, peer))
             return
         if client.transport is not None:
             self._add(client, client.transport)
@@ -165,6 +177,8 @@ class Clients:
         """Takes no more clients, and tells those that have not asked for anything yet."""
         for acceptor in self._acceptors:
             acceptor.close()
+        for context in self._contexts:
+            context.stop()
         for transport in list(self._here):
             protocol = transport.get_protocol()
             if isinstance(protocol, HttpConnect):
@@ -175,7 +189,9 @@ class Clients:
     def abort(self) -> None:
         """Drops every client, so that none of them takes it for the end of what it was reading."""
         for transport in list(self._here):
-            reset_on_close(transport.get_extra_info("socket"))
+            sock = transport.get_extra_info("socket")
+            if sock is not None:  # asyncio's TLS has none any more in the turn before it says that the client is gone
+                reset_on_close(sock)
             transport.abort()
         for forward in list(self._udp):
             forward.close()

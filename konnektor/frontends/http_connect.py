@@ -18,6 +18,7 @@ import h11
 from konnektor.addresses import parse_hostport, parse_worker_name
 from konnektor.errors import (
     CancelledStreamError,
+    CertificateError,
     ConfigurationError,
     ConnectRefusedError,
     DeniedError,
@@ -47,6 +48,7 @@ _PHRASE: Final = re.compile(r"[!-~]+( [!-~]+)*")
 _ESTABLISHED: Final = b"HTTP/1.1 200 Connection Established\r\n\r\n"
 
 _STATUS: Final[tuple[tuple[type[BaseException], int, str], ...]] = (
+    (CertificateError, 403, "Certificate Is Not for a Client Here"),
     (DeniedError, 403, "Destination Denied by Policy"),
     (UnsupportedError, 501, "Not Supported by Worker"),
     (ConnectRefusedError, 502, "Connection Refused by Target"),

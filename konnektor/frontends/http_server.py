@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, cast
 
 from konnektor.addresses import format_hostport
-from konnektor.errors import Code, KonnektorError
+from konnektor.errors import CertificateError, Code, KonnektorError
 from konnektor.frontends.http_connect import BadRequest, ConnectParser, ConnectRequest, response, status_for
 from konnektor.scratch import scratch
 from konnektor.splice import Splice
 from konnektor.stream import Stream
+from konnektor.tls import check_frontend_client
 
 __all__ = ["HttpConnect", "Opener"]
 
@@ -67,6 +68,13 @@ class HttpConnect(asyncio.BufferedProtocol):
         peer = transport.get_extra_info("peername")
         self._client = format_hostport(*peer[:2]) if isinstance(peer, tuple) else "a local client"
         self._timer = self._loop.call_later(HEAD_TIMEOUT, self._refuse, BadRequest(408, "Request Timeout"))
+        ssl_object = transport.get_extra_info("ssl_object")
+        if ssl_object is not None:
+            # Not in the handshake: under TLS 1.3 the client is through by now, and an answer tells it more than an alert.
+            try:
+                check_frontend_client(ssl_object)
+            except CertificateError as error:
+                self._refuse(error)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return scratch().view[:EARLY]
@@ -126,9 +134,10 @@ class HttpConnect(asyncio.BufferedProtocol):
         self._stop_timer()
         status, phrase = status_for(error)
         what = f"CONNECT {target}" if target else "a request"
+        worker = error.worker if isinstance(error, KonnektorError) else ""
         # What came of a bad request is in the phrase already.
-        why = "" if isinstance(error, BadRequest) else f" ({error})"
-        logger.warning("refused %s %s: %d %s%s", self._client, what, status, phrase, why)
+        why = "" if isinstance(error, BadRequest) else f" ({worker and f'worker {worker}: '}{error})"
+        logger.warning("refused %s %s: %d %s%s", self._client, what, status, phrase, why, extra={"worker": worker})
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -157,7 +166,8 @@ class HttpConnect(asyncio.BufferedProtocol):
         except BaseException:
             stream.reset()
             raise
-        logger.debug("%s: CONNECT %s is up", self._client, target)
+        worker = stream.session.peer_name
+        logger.debug("%s: CONNECT %s is up, by worker %s", self._client, target, worker, extra={"worker": worker})
 
     async def _establish(self, stream: Stream) -> None:
         transport = self.transport

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import socket
 import ssl
+import struct
 
 import pytest
 
@@ -131,20 +132,35 @@ async def test_the_wrong_server_name(certs, log):
     [
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "speaks plain HTTP"),
         (b"\x00garbage" * 20, "speaks something other than TLS"),
-        (b"", "the connection before a session was up"),
     ],
 )
 async def test_a_client_that_speaks_something_else(certs, log, data, sentence):
     plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
     async with plane, connection_to(plane) as (reader, writer):
         writer.write(data)
-        if not data:
-            writer.close()
         with contextlib.suppress(ConnectionError):
             await reader.read()
         await until(lambda: any(line.startswith("refused") for line in log()))
     (line,) = [line for line in log() if line.startswith("refused")]
     assert line.startswith("refused a connection: the client at 127.0.0.1:") and sentence in line
+
+
+@pytest.mark.parametrize("https", [False, True])
+@pytest.mark.parametrize(
+    ("data", "resets", "level"), [(b"", False, "DEBUG"), (b"", True, "DEBUG"), (b"\x16", False, "WARNING")]
+)
+async def test_a_look_at_whether_the_port_is_open_is_no_warning(certs, log, caplog, https, data, resets, level):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        files, where = certs.plane, plane.address
+        if https:
+            url = f"https://127.0.0.1:0?cert={files.cert}&key={files.key}&client-ca={files.ca}"
+            where = await plane.add_frontend(url)
+        with socket.create_connection(("127.0.0.1", int(where.rpartition(":")[2]))) as client:
+            client.sendall(data)
+            if resets:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await until(lambda: any("the client at 127.0.0.1:" in line for line in log()))
+    assert [record.levelname for record in caplog.records if "the client at" in record.getMessage()] == [level]
 
 
 async def test_a_client_that_says_nothing(certs, log):

@@ -26,6 +26,7 @@ from tests.endpoints.parts import (
     tunnel,
     until,
 )
+from tests.session.tls_parts import CLIENT_AUTH, SERVER_AUTH, Issuer
 
 
 @pytest.fixture(params=["http", "unix", "https"])
@@ -47,7 +48,10 @@ def https_url(certs):
 
 def https_client(certs, version=None):
     """As kube-apiserver: a certificate, no ALPN, SNI by the host."""
-    files = certs("client", "apiserver")
+    return https_client_of(certs("client", "apiserver"), version)
+
+
+def https_client_of(files, version=None):
     context = ssl.create_default_context(cafile=files.ca)
     context.load_cert_chain(files.cert, files.key)
     if version:
@@ -96,7 +100,7 @@ async def test_routing(certs):
         assert await ask(where, f"127.0.0.1.node-9.konnektor.internal:{port}") == nobody
 
 
-async def test_what_a_client_is_told(certs, frontend, log):
+async def test_what_a_client_is_told(certs, frontend, log, caplog):
     with black_hole() as hole:
         limits = kk.Limits(open_deadline=0.3)
         async with tunnel(certs, allow=[f"127.0.0.1:{hole}", "127.0.0.1:1-9"], plane={"limits": limits}) as t:
@@ -112,8 +116,11 @@ async def test_what_a_client_is_told(certs, frontend, log):
             assert await ask(where, "x:1", "Content-Length: 1", **frontend.client) == "HTTP/1.1 400 CONNECT Has No Body"
             assert t.session.stream_count == 0
     refusals = [line for line in log() if line.startswith("refused") and "CONNECT 127." in line]
-    assert any(line.endswith("CONNECT 127.0.0.1:80: 403 Destination Denied by Policy (denied)") for line in refusals)
-    assert len(refusals) == 3
+    denied = "CONNECT 127.0.0.1:80: 403 Destination Denied by Policy (worker node-1: denied)"
+    assert any(line.endswith(denied) for line in refusals)
+    assert len(refusals) == 3 and all("worker node-1: " in line for line in refusals)
+    fields = {record.worker for record in caplog.records if record.getMessage() in refusals}
+    assert fields == {"node-1"}
 
 
 async def test_not_connect(certs):
@@ -504,6 +511,60 @@ async def test_https_wants_a_certificate_of_its_ca(certs, foreign, log):
     assert len([line for line in log() if line.startswith("refused a connection: ")]) == 3
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_stolen_key_of_a_worker_opens_no_way_to_the_others(certs, log, version, early):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        async with connection(where, **https_client_of(certs.worker("node-2"), version)) as (reader, writer):
+            if early:
+                writer.write(connect_head(f"127.0.0.1.node-1.konnektor.internal:{echo.port}"))
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 403 Certificate Is Not for a Client Here\r\n")
+        assert not echo.made and not t.session.stream_count
+    (line,) = [line for line in log() if " 403 " in line]
+    assert line.endswith(
+        " a request: 403 Certificate Is Not for a Client Here (its certificate is for a worker, "
+        "spiffe://konnektor.local/worker/node-2; issue one with konnektor pki issue --role client --name NAME)"
+    )
+
+
+NO_WORKER = "HTTP/1.1 503 No Worker for Target"
+NO_CLIENT = "HTTP/1.1 403 Certificate Is Not for a Client Here"
+
+
+@pytest.mark.parametrize(
+    ("uris", "status"),
+    [
+        ([], NO_WORKER),
+        (["spiffe://konnektor.local/client/api"], NO_WORKER),
+        (["spiffe://cluster.local/ns/kube-system/sa/api", "https://example.com/worker/x"], NO_WORKER),
+        (["spiffe://elsewhere.example/client/api"], NO_CLIENT),
+        (["spiffe://elsewhere.example/worker/node-1"], NO_CLIENT),
+        (["spiffe://konnektor.local/control-plane/cp"], NO_CLIENT),
+        (["spiffe://konnektor.local/client/api", "spiffe://konnektor.local/worker/node-1"], NO_CLIENT),
+    ],
+)
+async def test_which_certificates_are_for_clients(tmp_path, uris, status):
+    ca = Issuer(tmp_path / "pki")
+    own = ca.issue("control-plane", "cp")
+    files = ca.forge("odd", uris, [CLIENT_AUTH])
+    async with kk.ControlPlane("127.0.0.1:0", tls=own) as plane:
+        where = await plane.add_frontend(f"https://127.0.0.1:0?cert={own.cert}&key={own.key}&client-ca={own.ca}")
+        assert await ask(where, "x:1", **https_client_of(files)) == status
+
+
+async def test_a_frontend_whose_own_certificate_has_no_trust_domain(tmp_path):
+    ca = Issuer(tmp_path / "pki")
+    own, front = ca.issue("control-plane", "cp"), ca.forge("front", [], [SERVER_AUTH], hosts=("localhost",))
+    async with kk.ControlPlane("127.0.0.1:0", tls=own) as plane:
+        where = await plane.add_frontend(f"https://127.0.0.1:0?cert={front.cert}&key={front.key}&client-ca={own.ca}")
+        for role, status in (("client", NO_WORKER), ("worker", NO_CLIENT)):
+            files = ca.forge(role, [f"spiffe://elsewhere.example/{role}/x"], [CLIENT_AUTH])
+            client = https_client_of(files) | {"server_hostname": "localhost"}
+            assert await ask(where, "x:1", **client) == status
+
+
 async def test_closing_during_a_handshake(certs):
     async with tunnel(certs) as t:
         where = await t.plane.add_frontend(https_url(certs))
@@ -512,3 +573,23 @@ async def test_closing_during_a_handshake(certs):
             await t.plane.aclose()
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
+
+
+class Leaving(asyncio.Transport):
+    """As asyncio's of TLS in the turn of the loop before its protocol hears that the connection is lost."""
+
+    on_closed = None
+
+    def get_protocol(self):
+        return self
+
+    def abort(self):
+        asyncio.get_running_loop().call_soon(self.on_closed)
+
+
+async def test_closing_in_the_turn_in_which_a_client_of_tls_is_gone(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        client = Leaving()
+        plane._clients._add(client, client)
+        await plane.aclose()
+        assert not plane._clients._here

@@ -3,14 +3,17 @@
 import contextlib
 import http.server
 import json
+import os
 import re
 import select
 import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,7 +240,9 @@ def test_a_signal_drains_and_the_grace_resets(plane, worker, number, which):
         assert held.target.recv(100) == b"still"
         assert reset_by_peer(held.client) and reset_by_peer(held.target)
         assert leaving.wait() == 0
-    assert f"{number.name}: draining for up to 0.3 s; once more aborts" in leaving.log.read_text()
+    told = leaving.log.read_text()
+    assert f"{number.name}: draining for up to 0.3 s; once more aborts" in told
+    assert "the grace is over: cut off 1 stream with " in told
 
 
 def test_a_drain_ends_with_its_last_stream(plane, worker):
@@ -263,6 +268,41 @@ def test_a_second_signal_aborts(plane, worker, which):
         leaving.signal()
         assert leaving.wait() == 130
         assert reset_by_peer(held.client) or which == "worker"
+
+
+@pytest.mark.parametrize("which", ["worker", "control-plane"])
+def test_a_hangup_ends_no_endpoint(plane, worker, web, which):
+    control_plane = plane("--forward", f"127.0.0.1:0=node-1/127.0.0.1:{web}")
+    node = worker(control_plane)
+    hung = node if which == "worker" else control_plane
+    hung.signal(signal.SIGHUP)
+    wait_for_line(hung, "SIGHUP: going on")
+    with socket.create_connection(forwarded(control_plane)) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.makefile("rb").read().endswith(b"hello\n")
+    for process in (node, control_plane):
+        process.stop()
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams(certs, closed):
+    """Their descriptors went to the event loop, whose end then was an assertion of libuv's."""
+    port = unused_port()
+    arguments = ["-m", "konnektor", "control-plane", "--listen", f"127.0.0.1:{port}", *flags(certs.plane)]
+    command = 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed)
+    process = subprocess.Popen(["sh", "-c", command, "sh", sys.executable, *arguments])
+    try:
+        while True:  # bounded by the test's timeout
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.01)
+        for number in closed:
+            assert Path(f"/proc/{process.pid}/fd/{number}").samefile(os.devnull)
+        process.terminate()
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for_line(process, text):

@@ -1,7 +1,11 @@
 """Certificates that are renewed under a running endpoint."""
 
+import os
+import re
 import shutil
 import ssl
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +13,7 @@ import konnektor as kk
 from konnektor import pki
 from konnektor.reloading import ReloadingContext
 from tests.endpoints.parts import Certificates, connect_head, connection, tunnel, until
+from tests.session.tls_parts import CLIENT_AUTH, WORKER_URI, Issuer, with_intermediate
 
 
 @pytest.fixture
@@ -63,6 +68,102 @@ def test_files_that_went_bad_are_told_once(certs, files, tmp_path, log):
     lines = log()
     assert len(lines) == 2
     assert all(line.startswith("keeping the certificate that was loaded before: key file ") for line in lines)
+
+
+def warnings(log):
+    return [line for line in log() if "issue a new one" in line]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "warned"),
+    [(-336, 29, True), (-334, 31, False), (-62, 31, False), (-62, 29, True), (-41, 19, True), (-39, 21, False)],
+)
+def test_a_warning_before_the_certificate_expires(tmp_path, log, start, end, warned):
+    """Thirty days ahead, or a third of the life of a short one."""
+    ca = Issuer(tmp_path / "pki")
+    files = ca.forge("w", [WORKER_URI], [CLIENT_AUTH], start=start, end=end)
+    context = following(files)
+    assert len(warnings(log)) == warned
+    if warned:
+        day = datetime.now(UTC) + timedelta(days=end)
+        assert re.fullmatch(
+            rf"certificate file {files.cert} expires on {day:%Y-%m}-\d\d \d\d:\d\d UTC; issue a new one", log()[0]
+        )
+        os.utime(files.cert, (1, 1))
+        _ = context.get()
+        assert log()[1:] == ["loaded the certificate of renewed again", log()[0]]
+
+
+def test_an_intermediate_may_expire_first(tmp_path, log):
+    ca = Issuer(tmp_path / "pki")
+    root, *_ = with_intermediate(ca, tmp_path / "chain")
+    issuer = kk.TLSFiles("", ca.folder / "root.pem", ca.folder / "root.key")
+    middle = ca.forge("aging", [], [], hosts=(), ca=True, start=-99, end=1, issuer=issuer)
+    leaf = ca.forge("leaf", [WORKER_URI], [CLIENT_AUTH], end=300, issuer=middle)
+    chain = tmp_path / "chain.pem"
+    chain.write_bytes(leaf.cert.read_bytes() + middle.cert.read_bytes())
+    _ = following(kk.TLSFiles(root, chain, leaf.key))
+    assert len(warnings(log)) == 1
+
+
+class Days:
+    """An event loop whose timers are rung by hand."""
+
+    def __init__(self, monkeypatch):
+        self.timers = []
+        monkeypatch.setattr("konnektor.reloading.asyncio.get_running_loop", lambda: self)
+
+    def call_later(self, delay, callback):
+        timer = SimpleNamespace(delay=delay, callback=callback, cancel=lambda: self.timers.remove(timer))
+        self.timers.append(timer)
+        return timer
+
+    def ring(self):
+        (timer,) = self.timers
+        self.timers.clear()
+        timer.callback()
+        return timer.delay
+
+
+def test_a_warning_each_day_until_it_is_renewed(certs, files, tmp_path, log, monkeypatch):
+    ca = Issuer(tmp_path / "pki")
+    aging = ca.forge("w", [WORKER_URI], [CLIENT_AUTH], start=-300, end=9)
+    for source, copy in ((aging.ca, files.ca), (aging.cert, files.cert), (aging.key, files.key)):
+        shutil.copy(source, copy)
+    context, days = following(files), Days(monkeypatch)
+    context.watch()
+    for count in (2, 3):
+        assert days.ring() == 86_400 and len(warnings(log)) == count
+    shutil.copy(certs.ca, files.ca)
+    issue_again(certs, files, tmp_path)
+    before = len(log())
+    assert days.ring() == 86_400  # and nobody needed to connect
+    assert log()[before:] == ["loaded the certificate of renewed again"]
+    context.stop()
+    assert not days.timers
+
+
+def test_a_certificate_of_a_few_hours_is_warned_of_within_them(tmp_path, log, monkeypatch):
+    ca = Issuer(tmp_path / "pki")
+    context = following(ca.forge("w", [WORKER_URI], [CLIENT_AUTH], start=-0.125, end=0.375))  # of twelve
+    days = Days(monkeypatch)
+    context.watch()
+    assert 4 * 3600 < days.timers[0].delay <= 5 * 3600 and not warnings(log)
+    context._warned_from -= timedelta(hours=5)  # which are over
+    _ = days.ring()
+    assert len(warnings(log)) == 1 and days.timers[0].delay == 86_400
+    context._ends -= timedelta(hours=9)
+    _ = days.ring()
+    assert " expired on " in log()[-1]
+
+
+async def test_endpoints_watch_their_certificates_while_they_run(certs):
+    async with tunnel(certs) as t:
+        own = certs.plane
+        await t.plane.add_frontend(f"https://127.0.0.1:0?cert={own.cert}&key={own.key}&client-ca={own.ca}")
+        contexts = [t.plane._context, t.worker._context, *t.plane._clients._contexts]
+        assert len(contexts) == 3 and all(context._timer is not None for context in contexts)
+    assert all(context._timer is None for context in contexts)
 
 
 async def test_an_endpoint_stays_who_it_is(certs, files, tmp_path, log):

@@ -197,6 +197,16 @@ async def test_the_control_plane_finds_silence(certs):
         await echoes(stream)
 
 
+async def test_what_sessions_log_names_their_peer(certs, log):
+    async with proxied(certs) as t:
+        await suspended(t)
+        t.proxy.admit()
+        await going_on(t)
+        for session in (t.session, t.client):
+            lines = [line for line in log() if line.startswith(f"[{session.number} {session.peer_name}] ")]
+            assert [line.partition("] ")[2][:9] for line in lines] == ["suspended", "resumed"]
+
+
 async def test_half_closed_streams(certs):
     async with target() as echo, proxied(certs) as t:
         ended = await t.session.open_tcp("127.0.0.1", echo.port)

@@ -1,6 +1,7 @@
 """What a process needs around an endpoint: signals, logs, limits, a loop."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import resource
@@ -9,9 +10,10 @@ import sys
 
 import pytest
 
+import konnektor as kk
 from konnektor import runtime
 from konnektor.runtime import run, serve, set_up_logging
-from tests.endpoints.parts import until
+from tests.endpoints.parts import ask, connection, tunnel, until
 
 
 class Fake:
@@ -63,6 +65,21 @@ async def test_a_second_signal_aborts(second, log):
     assert await serving == 130
     assert endpoint.closed == 1
     assert log() == ["SIGTERM: draining for up to 25 s; once more aborts", f"{second.name}: aborting"]
+
+
+async def test_a_hangup_ends_nothing(log):
+    endpoint = Fake(drains=False)
+    serving = asyncio.create_task(serve(endpoint, forever(), 25))
+    await asyncio.sleep(0)
+    for lines in (1, 3):
+        signal.raise_signal(signal.SIGHUP)
+        await until(lambda lines=lines: len(log()) == lines)
+        if lines == 1:
+            await raise_signals(endpoint, [signal.SIGTERM])
+    assert not serving.done() and not endpoint.closed
+    assert set(log()[::2]) == {"SIGHUP: going on; certificate files that change are read again by themselves"}
+    await raise_signals(endpoint, [signal.SIGINT])
+    assert await serving == 130
 
 
 async def test_a_life_that_ends_by_itself():
@@ -132,6 +149,37 @@ def test_json(logging_as_it_was, capsys):
     assert first["level"] == "info" and first["logger"] == "konnektor.test" and first["message"] == "a\nb"
     assert first["time"].endswith("Z") and "exception" not in first
     assert second["exception"].endswith("ValueError: x")
+
+
+async def test_json_says_who(logging_as_it_was, capsys, certs):
+    """Whichever line it is: a session's own, or one about a worker."""
+    set_up_logging("json", 1)
+    async with tunnel(certs) as t:
+        here, there = t.session.number, t.worker.sessions[0].number
+        where = await t.plane.add_forward("127.0.0.1:0=node-1/192.0.2.1:9")
+        http = await t.plane.add_frontend("http://127.0.0.1:0")
+        with pytest.raises(kk.DeniedError) as caught:
+            await t.plane.open_tcp("192.0.2.1", 9, worker="node-1")
+        assert await ask(http, "192.0.2.1:9", "Konnektor-Worker: node-1") == "HTTP/1.1 403 Destination Denied by Policy"
+        async with connection(where) as (reader, _):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        await t.worker.drain(0)
+        await t.session.wait_closed()
+    assert caught.value.worker == "node-1"
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+    def fields(text):
+        (line,) = {line["message"]: line for line in lines if text in line["message"]}.values()
+        return tuple(line.get(field) for field in ("session", "peer", "worker"))
+
+    assert fields("worker node-1 connected") == (here, "node-1", "node-1")
+    assert fields("worker node-1 at ") == (here, "node-1", "node-1")
+    assert fields(f"[{here} node-1] the peer drains") == (here, "node-1", None)
+    assert fields("connected to cp at") == (there, "cp", None)
+    assert fields(f"[{there} cp] refused cp a stream to 192.0.2.1:9") == (there, "cp", None)
+    assert fields("403 Destination Denied by Policy (worker node-1: denied)") == (None, None, "node-1")
+    assert fields("=node-1/192.0.2.1:9: worker node-1: denied") == (None, None, "node-1")
 
 
 # The process

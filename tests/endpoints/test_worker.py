@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import math
+import re
 import socket
 
 import anyio
@@ -14,7 +15,7 @@ import konnektor.worker
 from konnektor.driver import Driver
 from konnektor.endpoint import Endpoint
 from konnektor.worker import Backoff
-from tests.endpoints.parts import black_hole, target, tunnel, until, unused_port
+from tests.endpoints.parts import PATIENCE, Target, black_hole, target, tunnel, until, unused_port
 
 
 async def test_streams_both_ways_need_permission(certs, log):
@@ -347,6 +348,46 @@ async def test_drain_resets_at_the_grace(certs):
             await stream.receive()
         await stream.aclose()
         await echo.made[0].lost
+
+
+class HalfOpen(Target):
+    """Goes on after its client's end."""
+
+    def eof_received(self):
+        self.eof.set()
+        return True
+
+
+@pytest.mark.parametrize("which", ["worker", "plane"])
+@pytest.mark.parametrize("grace", [0.0, 0.2])
+async def test_streams_that_the_end_of_a_grace_cuts_off_are_told(certs, log, which, grace):
+    async with target(HalfOpen) as echo, tunnel(certs) as t:
+        draining, other = (t.worker, t.session) if which == "worker" else (t.plane, t.worker.sessions[0])
+        done = await t.session.open_tcp("127.0.0.1", echo.port)
+        await done.aclose()
+        streams = [await t.session.open_tcp("127.0.0.1", echo.port) for _ in range(3)]
+        await streams[0].send_eof()  # only its other half is left to be cut off
+        await until(lambda: any(connection.eof.is_set() for connection in echo.made[1:]))
+        await draining.drain(grace)
+        await other.wait_closed()
+        for stream in streams:
+            await stream.aclose()
+    (line,) = [line for line in log() if "cut off" in line]
+    assert re.search(r"the grace is over: cut off 3 streams with (cp|node-1) at 127\.0\.0\.1:\d+$", line)
+
+
+async def test_no_stream_is_called_cut_off_that_ended_within_the_grace(certs, log):
+    async with target() as echo, tunnel(certs) as t:
+        stream = await t.session.open_tcp("127.0.0.1", echo.port)
+        draining = [asyncio.create_task(t.worker.drain(grace)) for grace in (PATIENCE, PATIENCE / 2)]
+        await until(lambda: t.session.draining)
+        await stream.send(b"last")
+        await stream.send_eof()
+        assert await stream.receive() == b"last"
+        with pytest.raises(anyio.EndOfStream):
+            await stream.receive()
+        await asyncio.gather(*draining)
+    assert not any("cut off" in line for line in log())
 
 
 async def test_drain_waits_for_a_slow_target(certs, monkeypatch):

@@ -108,14 +108,20 @@ async def test_the_common_name_is_no_host_name(ca, worker):
 
 async def test_expired_worker(ca, plane):
     met = await meet(plane.server_context(), lenient_client(ca.forge("w", [WORKER_URI], [CLIENT_AUTH], end=-0.5)))
-    assert explain(met.server, "W").startswith("the certificate of W expired; issue a new one")
+    assert re.fullmatch(
+        r"the certificate of W \(spiffe://konnektor\.local/worker/w\) expired on \d{4}-\d\d-\d\d \d\d:\d\d UTC; "
+        "issue a new one, and check the clocks of both machines",
+        explain(met.server, "W"),
+    )
     assert "CP refused our certificate: certificate expired" in explain(met.client, "CP")
 
 
 async def test_expired_control_plane(ca, worker):
     server = lenient_server(ca.forge("cp", [PLANE_URI], [SERVER_AUTH], end=-0.5))
     met = await meet(server, worker.client_context())
-    assert re.match(r"the certificate of CP expired on \d{4}-\d\d-\d\d \d\d:\d\d UTC; issue", explain(met.client, "CP"))
+    assert re.match(
+        r"the certificate of CP \(spiffe://.*/cp\) expired on \d{4}-.* UTC; issue", explain(met.client, "CP")
+    )
     assert "W refused our certificate: certificate expired" in explain(met.server, "W")
 
 
@@ -123,14 +129,40 @@ async def test_not_yet_valid_control_plane(ca, worker):
     server = lenient_server(ca.forge("cp", [PLANE_URI], [SERVER_AUTH], start=0.5))
     met = await meet(server, worker.client_context())
     assert re.match(
-        r"the certificate of CP is not valid before \d{4}-.* UTC; check the clocks", explain(met.client, "CP")
+        r"the certificate of CP \(spiffe://.*/cp\) is not valid before \d{4}-.* UTC; check the clocks",
+        explain(met.client, "CP"),
     )
     assert "W refused our certificate: bad certificate" in explain(met.server, "W")
 
 
 async def test_not_yet_valid_worker(ca, plane):
     met = await meet(plane.server_context(), lenient_client(ca.forge("w", [WORKER_URI], [CLIENT_AUTH], start=0.5)))
-    assert explain(met.server, "W") == "the certificate of W is not valid yet; check the clocks of both machines"
+    assert re.match(
+        r"the certificate of W \(spiffe://.*/w\) is not valid before \d{4}-.* UTC; check the clocks",
+        explain(met.server, "W"),
+    )
+
+
+async def test_not_the_dates_of_the_certificate_but_of_a_ca_above_it(ca, plane, tmp_path):
+    root, _, _, _ = with_intermediate(ca, tmp_path / "chain")
+    bundle, chain = tmp_path / "bundle.pem", tmp_path / "leaf-chain.pem"
+    bundle.write_bytes(plane.ca.read_bytes() + root.read_bytes())
+    issuer = TLSFiles("", ca.folder / "root.pem", ca.folder / "root.key")
+    old = ca.forge("old", [], [], hosts=(), ca=True, end=-0.5, issuer=issuer)
+    leaf = ca.forge("leaf", [WORKER_URI], [CLIENT_AUTH], issuer=old)
+    chain.write_bytes(leaf.cert.read_bytes() + old.cert.read_bytes())
+    server = TLSFiles(bundle, plane.cert, plane.key).server_context()
+    met = await meet(server, lenient_client(TLSFiles(bundle, chain, leaf.key)))
+    assert explain(met.server, "W").startswith("the certificate of W expired; issue a new one")
+
+
+@pytest.mark.parametrize(
+    ("uris", "name", "called"), [([], "plain", "CN=plain"), (["x:\n" + "y" * 999], "odd", "'x:\\\\ny{297}'")]
+)
+async def test_an_expired_certificate_without_an_identity(ca, plane, uris, name, called):
+    files = ca.forge(name, uris, [CLIENT_AUTH], hosts=(), end=-0.5)
+    met = await meet(plane.server_context(), lenient_client(files))
+    assert re.match(rf"the certificate of W \({called}\) expired on ", explain(met.server, "W"))
 
 
 async def test_a_worker_cannot_act_as_control_plane(ca, worker):

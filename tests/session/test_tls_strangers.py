@@ -70,6 +70,30 @@ async def test_a_client_that_dialed_something_else(worker, data, sentence):
     assert explain(caught.value, "CP").startswith(sentence)
 
 
+@pytest.mark.needs_tool("openssl")
+async def test_a_tls_server_that_does_not_know_our_protocol(plane, worker):
+    """It sends alert 120, for which Python 3.11 has no name."""
+    server = await asyncio.create_subprocess_exec(
+        *("openssl", "s_server", "-accept", "127.0.0.1:0", "-alpn", "h2", "-cert", plane.cert, "-key", plane.key),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        _ = await server.stdout.readuntil(b"ACCEPT ")
+        port = int((await server.stdout.readline()).rpartition(b":")[2])
+        with pytest.raises(ssl.SSLError) as caught:
+            await asyncio.get_running_loop().create_connection(
+                End, "127.0.0.1", port, ssl=worker.client_context(), server_hostname="cp"
+            )
+    finally:
+        server.kill()
+        _ = await server.communicate()
+    assert explain(caught.value, "CP") == (
+        "CP speaks TLS but not konnektor/1; is that the port of a konnektor endpoint?"
+    )
+
+
 async def test_nobody_there(worker):
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -105,7 +129,9 @@ async def test_a_peer_that_never_answers(worker):
         (ConnectionResetError(), "CP broke off the connection"),
         (BrokenPipeError(), "CP broke off the connection"),
         (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), "CP closed the connection before"),
-        (ssl.SSLError(1, "odd"), "TLS with CP failed: "),
+        (ssl.SSLError(1, "odd"), "TLS with CP failed: odd"),
+        (ssl.SSLError(1, "[SSL] tlsv1 alert odd (_ssl.c:1006)"), "TLS with CP failed: tlsv1 alert odd"),
+        (ssl.SSLError(1, "[SSL] tlsv1 alert unknown ca (_ssl.c:1006)"), "CP refused our certificate: unknown ca"),
         (HandshakeError("said already"), "said already"),
         (session_error(Code.NO_ERROR), "CP closed the session at its very beginning: it gave no reason"),
         (session_error(Code.NO_ERROR, "full"), "CP closed the session at its very beginning: full"),
