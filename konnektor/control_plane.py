@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
+from konnektor.addresses import Forward, format_hostport, listed, parse_forward, parse_host, parse_hostport, unwrap
 from konnektor.endpoint import Endpoint
 from konnektor.errors import (
     Code,
@@ -31,9 +31,9 @@ from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.limits import Limits, format_size
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.mux import MuxStream
-from konnektor.policy import AllowList, AllowRule, parse_grant_from
+from konnektor.policy import AllowList, AllowRule, as_grant_from
 from konnektor.priorities import PriorityRule
-from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
+from konnektor.router import Route, Router, as_grant_route, granted_routes, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
@@ -123,8 +123,8 @@ class ControlPlane(Endpoint):
         listen: str,
         *,
         tls: TLSFiles,
-        grant_routes: Iterable[str | tuple[str, Route]] = (),
-        allow_from: Iterable[str | tuple[str, AllowRule]] = (),
+        grant_routes: Iterable[str | tuple[str, Route | str]] = (),
+        allow_from: Iterable[str | tuple[str, AllowRule | str]] = (),
         limits: Limits | None = None,
         memory: int | None = None,
         priorities: Iterable[PriorityRule | str] = (),
@@ -165,8 +165,8 @@ class ControlPlane(Endpoint):
     def set_grants(
         self,
         *,
-        grant_routes: Iterable[str | tuple[str, Route]] | None = None,
-        allow_from: Iterable[str | tuple[str, AllowRule]] | None = None,
+        grant_routes: Iterable[str | tuple[str, Route | str]] | None = None,
+        allow_from: Iterable[str | tuple[str, AllowRule | str]] | None = None,
     ) -> None:
         """Replaces what workers may claim and reach, at once; what is left out stays as it is.
 
@@ -580,14 +580,13 @@ class ControlPlane(Endpoint):
 _NOTHING: Final = AllowList()
 
 
-def _parse_grants(grants: Iterable[str | tuple[str, Route]]) -> tuple[tuple[str, Route], ...]:
-    return tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grants)
+def _parse_grants(grants: Iterable[object]) -> tuple[tuple[str, Route], ...]:
+    return tuple(map(as_grant_route, listed("grant_routes", grants, '["node-1=cidr=10.1.0.0/16"]')))
 
 
-def _parse_allowed(grants: Iterable[str | tuple[str, AllowRule]]) -> dict[str, AllowList]:
+def _parse_allowed(grants: Iterable[object]) -> dict[str, AllowList]:
     rules: dict[str, list[AllowRule]] = {}
-    for grant in grants:
-        name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
+    for name, rule in map(as_grant_from, listed("allow_from", grants, '["node-1=10.0.0.1:6443"]')):
         rules.setdefault(name, []).append(rule)
     return {name: AllowList(of_name) for name, of_name in rules.items()}
 

@@ -30,7 +30,7 @@ from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.policy import AllowList, AllowRule
 from konnektor.priorities import PriorityRule
-from konnektor.router import parse_route
+from konnektor.router import Route, as_routes
 from konnektor.session import INSTANCE, SOFTWARE, Session
 from konnektor.settings import Settings
 from konnektor.tls import Role, TLSFiles, peer_identity
@@ -85,7 +85,8 @@ class Worker(Endpoint):
     Args:
         connect: addresses of control planes, ``HOST:PORT`` each; a session is kept to every one.
         tls: certificate, key and CA; looked at again for every connection, so that renewed files are used.
-        allow: what may be dialed here (``tcp(...)`` or ``parse_allow``). Nothing is, by default.
+        allow: what may be dialed here: ``tcp(...)``, ``udp(...)``, or ``[udp:]HOST-OR-CIDR:PORTS`` as ``parse_allow`` reads
+            it. Nothing is, by default.
         routes: destinations to claim: ``host=GLOB``, ``cidr=NET``, ``default``.
         server_name: what control planes' certificates must name, if not the host that is dialed.
         limits: of each session.
@@ -105,8 +106,8 @@ class Worker(Endpoint):
         connect: Sequence[str],
         *,
         tls: TLSFiles,
-        allow: Iterable[AllowRule] = (),
-        routes: Sequence[str] = (),
+        allow: Iterable[AllowRule | str] = (),
+        routes: Iterable[Route | str] = (),
         server_name: str | None = None,
         limits: Limits | None = None,
         priorities: Iterable[PriorityRule | str] = (),
@@ -125,7 +126,7 @@ class Worker(Endpoint):
             software=SOFTWARE,
             instance=INSTANCE,
             name=self.identity.name,
-            routes=tuple(str(parse_route(route)) for route in routes),
+            routes=tuple(map(str, as_routes(routes))),
             labels=labels,
             features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
@@ -136,10 +137,13 @@ class Worker(Endpoint):
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
 
-    def set_allow(self, rules: Iterable[AllowRule]) -> None:
+    def set_allow(self, rules: Iterable[AllowRule | str]) -> None:
         """Replaces the rules of ``allow`` at once: streams that the new ones do not allow end with DENIED.
 
         So do those of sessions that wait for a connection; their peers hear of it when there is one.
+
+        Raises:
+            ConfigurationError: a rule is not one; nothing has changed then.
         """
         self.allow = AllowList(rules)
         self._targets.judge()

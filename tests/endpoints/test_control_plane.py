@@ -317,6 +317,38 @@ async def test_a_session_that_ends_in_the_moment_it_begins(certs, monkeypatch, l
 # Routes
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"allow_from": kk.tcp("127.0.0.1", 80)}, "allow_from takes a list, not '127.0.0.1:80': write"),
+        ({"allow_from": "node-1=127.0.0.1:80"}, "allow_from takes a list"),
+        ({"allow_from": [kk.tcp("127.0.0.1", 80)]}, "neither text nor .NAME, RULE.: write"),
+        ({"allow_from": [("node-1", 80)]}, "rule 80 is neither text nor an AllowRule"),
+        ({"allow_from": [("node-1", "127.0.0.1")]}, "not HOST:PORTS"),
+        ({"allow_from": [("Node_1", "127.0.0.1:80")]}, "name 'Node_1' is not usable"),
+        ({"allow_from": [(1, "127.0.0.1:80")]}, "neither text nor .NAME, RULE.: write"),
+        ({"grant_routes": "node-1=default"}, "grant_routes takes a list"),
+        ({"grant_routes": [("node-1", "everything")]}, "write host=NAME"),
+        ({"grant_routes": [("node-1", 5)]}, "route 5 is neither text nor a Route"),
+        ({"grant_routes": ["node-1"]}, "names no worker"),
+        ({"grant_routes": [5]}, "grant 5 is neither text nor .NAME, ROUTE.: write"),
+    ],
+)
+async def test_bad_grants(certs, kwargs, text):
+    with pytest.raises(kk.ConfigurationError, match=text):
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, **kwargs)
+    control_plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    with pytest.raises(kk.ConfigurationError, match=text):
+        control_plane.set_grants(**kwargs)
+
+
+async def test_rules_and_routes_of_grants_may_be_text(certs):
+    grants = {"allow_from": [("node-1", "127.0.0.1:*")], "grant_routes": [("node-1", "cidr=127.0.0.0/8")]}
+    async with target() as echo, tunnel(certs, plane=grants, routes=[parse_route("cidr=127.0.0.0/8")]) as t:
+        (await t.worker.sessions[0].open_tcp("127.0.0.1", echo.port)).reset()
+        (await t.plane.open_tcp("127.0.0.1", echo.port)).reset()
+
+
 async def test_routes_are_claims(certs, log):
     grants = ["node-1=cidr=10.1.0.0/16", ("node-1", parse_route("default"))]
     routes = ["cidr=10.1.2.0/24", "cidr=10.2.0.0/16", "default"]
@@ -329,7 +361,7 @@ async def test_routes_are_claims(certs, log):
 
 
 async def test_a_claim_that_is_no_route(certs, log, monkeypatch):
-    monkeypatch.setattr("konnektor.worker.parse_route", lambda text: text)
+    monkeypatch.setattr("konnektor.worker.as_routes", lambda routes: routes)
     async with tunnel(certs, routes=["nonsense\r\x1b"]) as t:
         assert [session.peer_name for session in t.plane] == ["node-1"]
     (line,) = [line for line in log() if "ignored a claimed route" in line]

@@ -130,6 +130,18 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
         ({"connect": "127.0.0.1:1"}, "needs a list of control planes"),
         ({"connect": ["127.0.0.1"]}, "lacks a host or a port"),
         ({"connect": ["127.0.0.1:1"], "routes": ["everything"]}, "write host=NAME"),
+        ({"connect": ["127.0.0.1:1"], "routes": "default"}, "routes takes a list, not 'default'"),
+        ({"connect": ["127.0.0.1:1"], "routes": [7]}, "neither text nor a Route"),
+        ({"connect": ["127.0.0.1:1"], "allow": "127.0.0.1:80"}, "allow takes a list, not '127.0.0.1:80': write"),
+        (
+            {"connect": ["127.0.0.1:1"], "allow": kk.tcp("127.0.0.1", 80)},
+            "allow takes a list, not '127.0.0.1:80': write",
+        ),
+        ({"connect": ["127.0.0.1:1"], "allow": ["127.0.0.1"]}, "not HOST:PORTS"),
+        ({"connect": ["127.0.0.1:1"], "allow": [8000]}, "rule 8000 is neither text nor an AllowRule: write"),
+        ({"connect": ["127.0.0.1:1"], "allow": [("127.0.0.1", 80)]}, "neither text nor an AllowRule: write"),
+        ({"connect": ["127.0.0.1:1"], "priorities": "*:22=bulk"}, "priorities takes a list"),
+        ({"connect": ["127.0.0.1:1"], "priorities": [22]}, "priority 22 is not text: write"),
         ({"connect": ["127.0.0.1:1"], "server_name": "a b"}, "neither an IP address nor a DNS name"),
     ],
 )
