@@ -37,6 +37,7 @@ from konnektor.router import Route, Router, as_grant_route, granted_routes, pars
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
+from konnektor.stream_types import StreamType, Tcp
 from konnektor.tls import Role, TLSFiles, peer_identity
 
 __all__ = ["ControlPlane", "WorkerConnected", "WorkerDisconnected", "WorkerEvent", "WorkerSnapshot"]
@@ -295,10 +296,12 @@ class ControlPlane(Endpoint):
             kwargs: as ``Session.open``, but ``early``.
 
         Raises:
+            ConfigurationError: ``host`` is neither an IP address nor a host name, or ``port`` is not 1 to 65535.
             NoRouteError: no connected worker serves the destination.
             StreamError: the worker refused.
             SessionLost: the worker went away meanwhile.
         """
+        StreamType.encode(Tcp(host, port))  # the host is looked at below: it may name the worker, too
         error: KonnektorError | None = None
         for choice in self._router.candidates(host, worker):
             session = self._workers.get(choice.worker)

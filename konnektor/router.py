@@ -253,7 +253,7 @@ class Router:
         """The first of ``candidates``.
 
         Raises:
-            NoRouteError: no worker serves the destination.
+            ConfigurationError, NoRouteError: as ``candidates``.
         """
         return self.candidates(host, header)[0]
 
@@ -265,6 +265,7 @@ class Router:
             header: the worker that the client asked for, if it did.
 
         Raises:
+            ConfigurationError: the worker is to be found by the host, which is neither an IP address nor a DNS name.
             NoRouteError: no worker serves the destination; the text says why.
         """
         name = host.lower().removesuffix(".")
@@ -274,10 +275,7 @@ class Router:
             if header not in self._routes:
                 raise NoRouteError(f"worker {quote(header)} is not connected")
             return [RouteChoice(header, host)]
-        try:
-            destination = parse_host(host)
-        except ConfigurationError as error:
-            raise NoRouteError(str(error)) from None
+        destination = parse_host(host)
         workers = self._by_name(destination) if isinstance(destination, str) else self._by_address(unwrap(destination))
         workers = workers or self._holders.get(DEFAULT)
         if not workers:

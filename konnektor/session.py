@@ -327,6 +327,7 @@ class Session:
             weight: of its class's share, compared with others of that class, 1 to 255; 1 by default.
 
         Raises:
+            ConfigurationError: a field of the request is not what its type takes; nothing was sent.
             LocalProtocolError: there is no such class or weight.
             StreamError: the peer refused; one class per reason.
             SessionClosedError: the session is over or draining.
@@ -344,7 +345,11 @@ class Session:
         return stream
 
     async def open_tcp(self, host: str, port: int, **kwargs: Any) -> Stream:
-        """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``."""
+        """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``.
+
+        Raises:
+            ConfigurationError: ``host`` is neither an IP address nor a host name, or ``port`` is not 1 to 65535.
+        """
         return await self.open(Tcp(host, port), **kwargs)
 
     async def open_udp(self, host: str, port: int, **kwargs: Any) -> Stream:
@@ -353,6 +358,7 @@ class Session:
         Its datagrams are ``Stream.send_datagram`` and ``Stream.receive_datagram``.
 
         Raises:
+            ConfigurationError: as ``open_tcp``.
             UnsupportedError: the peer has no datagrams, too.
         """
         return await self.open(Udp(host, port), **kwargs)

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self, dataclass_tr
 
 import msgspec
 
+from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError
 
 __all__ = ["StreamType", "Tcp", "Udp"]
 
+_MISFIT: Final = re.compile(r"Expected (.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
+"""How msgspec says what does not fit, and in which field."""
 _NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
 
 
@@ -50,8 +53,24 @@ class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=Tru
     datagrams: ClassVar[bool] = False
 
     def encode(self) -> bytes:
-        """The header for OPEN."""
-        return msgspec.msgpack.encode(self)
+        """The header for OPEN.
+
+        Raises:
+            ConfigurationError: a field is not what its annotation says, and the peer would refuse it; the text names it.
+        """
+        name = type(self).__name__
+        try:
+            header = msgspec.msgpack.encode(self)
+            msgspec.msgpack.decode(header, type=type(self))
+        except msgspec.ValidationError as error:
+            found = _MISFIT.fullmatch(str(error))
+            if found is None:
+                raise ConfigurationError(f"{name} cannot be sent: {error}") from None
+            wanted = found[1].replace(", got ", ", not ")
+            raise ConfigurationError(f"{name}.{found[2]} takes {wanted}") from None
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigurationError(f"{name} cannot be sent: {error}") from None
+        return header
 
     @classmethod
     def decode(cls, header: bytes) -> Self:
@@ -81,6 +100,11 @@ class Tcp(StreamType, frozen=True):
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
+    def encode(self) -> bytes:
+        header = super().encode()
+        parse_host(self.host)  # of what is neither name nor address the peer would say no more than DENIED
+        return header
+
 
 class Udp(StreamType, frozen=True):
     """A UDP socket at the accepting end, connected to ``host:port``: one datagram is one packet, either way."""
@@ -89,3 +113,8 @@ class Udp(StreamType, frozen=True):
     datagrams: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+    def encode(self) -> bytes:
+        header = super().encode()
+        parse_host(self.host)
+        return header

@@ -400,6 +400,23 @@ async def test_no_worker_for_the_destination(certs):
             await t.plane.open_tcp("10.9.9.9", 80)
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "text"),
+    [
+        ("127.0.0.1", 99999, "Tcp.port takes"),
+        ("10.9.9.9", "80", "Tcp.port takes"),
+        ("", 80, "Tcp.host takes"),
+        (None, 80, "Tcp.host takes"),
+        ("127.1", 80, "neither an IP address nor a DNS name"),
+    ],
+)
+async def test_a_destination_that_is_none(certs, host, port, text):
+    async with tunnel(certs) as t:
+        for kwargs in ({}, {"worker": "node-1"}):
+            with pytest.raises(kk.ConfigurationError, match=text):
+                await t.plane.open_tcp(host, port, **kwargs)
+
+
 async def test_a_candidate_that_goes_while_another_is_asked(certs, monkeypatch):
     async with tunnel(certs) as t:
         choices = t.plane._router.candidates("node-1")

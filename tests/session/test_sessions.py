@@ -111,6 +111,25 @@ async def test_an_unknown_type_and_a_malformed_header_are_refused(caplog):
     assert "refused a echo@test stream" in caplog.text
 
 
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 99999), ("a", "80"), ("", 80), ("127.1", 80), ("a b", 80)])
+async def test_a_malformed_request_does_not_travel(host, port):
+    async with memory_session_pair() as (client, server):
+        server.handlers.add(Tcp, echo)
+        for opening in (
+            client.open_tcp(host, port),
+            client.open_tcp(host, port, early=True),
+            client.open_udp(host, port),
+            client.create_connection(asyncio.Protocol, host, port),
+            client.open(Echo(text=port if isinstance(port, int) else 5)),
+        ):
+            with pytest.raises(ConfigurationError):
+                await opening
+        assert at_rest(client)
+        assert server._mux.admission.retired == 0
+        async with await client.open_tcp("a", 80) as stream:
+            await stream.send_eof()
+
+
 async def test_handlers_are_checked_when_added():
     class Nameless(StreamType):
         pass

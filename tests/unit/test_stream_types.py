@@ -1,6 +1,7 @@
 """Stream types travel as MessagePack maps, are checked on arrival, and can grow."""
 
 import contextlib
+from typing import Literal
 
 import msgspec
 import pytest
@@ -16,6 +17,12 @@ class Exec(StreamType):
     name = "exec@acme.example"
     argv: list[str]
     tty: bool = False
+
+
+class Either(StreamType):
+    name = "either@acme.example"
+    which: Literal["a", "b"]
+    options: dict[str, int] | None = None
 
 
 def test_round_trip():
@@ -42,6 +49,31 @@ def test_a_type_can_grow():
 def test_malformed_headers(header):
     with pytest.raises(ValueError, match="malformed tcp header"):
         Tcp.decode(header)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Tcp("a", 99999), r"Tcp\.port takes `int` <= 65535"),
+        (Tcp("a", 0), r"Tcp\.port takes `int` >= 1"),
+        (Tcp("a", "80"), r"Tcp\.port takes `int`, not `str`"),
+        (Tcp("", 80), r"Tcp\.host takes `str` of length >= 1"),
+        (Udp(None, 80), r"Udp\.host takes `str`, not `None`"),
+        (Udp("127.1", 80), "host '127.1' is neither an IP address nor a DNS name"),
+        (Tcp("[::1]", 80), "neither an IP address nor a DNS name"),
+        (Tcp("fe80::1%eth0", 80), "scope id"),
+        (Exec("ls"), r"Exec\.argv takes `array`, not `str`"),
+        (Exec(["ls", 1]), r"Exec\.argv\[1\] takes `str`, not `int`"),
+        (Exec([object()]), "Exec cannot be sent: .*object"),
+        (Exec(["\ud800"]), "Exec cannot be sent: .*surrogates"),
+        (Exec([2**70]), "Exec cannot be sent: .*2"),
+        (Either("c"), "Either cannot be sent: Invalid enum value 'c' - at `\\$.which`"),
+        (Either("a", {1: 2}), "Either.options takes `str`, not `int`"),
+    ],
+)
+def test_what_its_own_type_does_not_take_is_not_sent(request_, says):
+    with pytest.raises(ConfigurationError, match=says):
+        request_.encode()
 
 
 @given(st.binary(max_size=200))
