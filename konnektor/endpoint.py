@@ -20,7 +20,7 @@ from konnektor.priorities import Priorities, PriorityRule
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.stream import Stream
-from konnektor.stream_types import StreamType, Tcp, Udp
+from konnektor.stream_types import StreamType, Tcp, Udp, check_type
 from konnektor.targets import Targets
 from konnektor.tls import Identity, TLSFiles
 
@@ -113,7 +113,13 @@ class Endpoint(ABC):
     def handle(
         self, request: type[T]
     ) -> Callable[[Callable[[Stream, T], Awaitable[None]]], Callable[[Stream, T], Awaitable[None]]]:
-        """Decorator: serves peers' streams of a type of your own; ``stream.session.peer_name`` says whose it is."""
+        """Decorator: serves peers' streams of a type of your own; ``stream.session.peer_name`` says whose it is.
+
+        Raises:
+            ConfigurationError: the type is none, or its name, or what is decorated is no coroutine function.
+            LocalProtocolError: the type has a handler.
+        """
+        check_type(request)
 
         def add(handler: Callable[[Stream, T], Awaitable[None]]) -> Callable[[Stream, T], Awaitable[None]]:
             self.handlers.add(request, handler)

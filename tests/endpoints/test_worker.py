@@ -50,11 +50,12 @@ async def test_streams_of_the_worker_that_are_granted(certs):
                 await t.worker.sessions[0].open_tcp("127.0.0.1", unused_port())
 
 
-async def test_a_stream_type_of_ones_own(certs):
-    class Ask(kk.StreamType):
-        name = "ask@test.example"
-        question: str
+class Ask(kk.StreamType):
+    name = "ask@test.example"
+    question: str
 
+
+async def test_a_stream_type_of_ones_own(certs):
     async with tunnel(certs) as t:
 
         async def answer(stream, request):
@@ -67,6 +68,19 @@ async def test_a_stream_type_of_ones_own(certs):
             assert await stream.receive() == b"cp asked why"
         async with await t.worker.sessions[0].open(Ask("how")) as stream:
             assert await stream.receive() == b"node-1 asked how"
+
+
+async def test_a_handler_is_looked_at_where_it_is_given(certs):
+    worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
+    with pytest.raises(kk.ConfigurationError, match="a stream type is"):
+
+        @worker.handle  # without its type
+        async def serve(stream, request): ...
+
+    with pytest.raises(kk.ConfigurationError, match="not a coroutine function"):
+
+        @worker.handle(Ask)
+        def answer(stream, request): ...
 
 
 async def test_what_targets_answer(certs, monkeypatch):
