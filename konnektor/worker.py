@@ -95,7 +95,7 @@ class Worker(Endpoint):
         once: connect once; a failure, or the end of the session, ends the worker.
 
     Raises:
-        ConfigurationError: an address, name, route or rule is not one.
+        ConfigurationError: an address, name, route, rule or other argument is not one.
         CertificateError: the files cannot be used.
     """
 
@@ -120,7 +120,7 @@ class Worker(Endpoint):
         self._server_name = None if server_name is None else canonical_host(server_name)
         self._once = once
         self.allow = AllowList(allow)
-        super().__init__(tls, tls.client_context, lambda _session: self.allow, limits, priorities)
+        super().__init__(tls, TLSFiles.client_context, lambda _session: self.allow, limits, priorities)
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
@@ -157,9 +157,11 @@ class Worker(Endpoint):
         """A session that is up, as soon as there is one. Cancelling is safe.
 
         Raises:
+            ConfigurationError: the worker was not started.
             HandshakeError: with ``once``, every attempt failed.
             SessionClosedError: the worker was closed.
         """
+        self._check_started()
         await self._changes.wait_for(lambda: self.sessions or self._finished)
         if self.sessions:
             return self.sessions[0]
@@ -169,8 +171,10 @@ class Worker(Endpoint):
         """Waits until the worker has ended: closed, drained, or (with ``once``) its sessions over. Cancelling is safe.
 
         Raises:
+            ConfigurationError: the worker was not started.
             HandshakeError: with ``once``, a session did not come about, or broke.
         """
+        self._check_started()
         await self._changes.wait_for(lambda: self._finished and not self._live)
         if self._error is not None and not self._leaving:
             raise self._error

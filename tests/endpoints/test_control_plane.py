@@ -233,10 +233,30 @@ async def test_closing_while_handshakes_are_under_way(certs):
             assert await reader.read() == b""
 
 
+async def test_use_before_the_start(certs):
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    for use in (
+        plane.wait_for("node-1"),
+        plane.open_tcp("127.0.0.1", 80),
+        plane.open_tcp("127.0.0.1", 80, worker="node-1"),
+        plane.add_forward("127.0.0.1:0=node-1/127.0.0.1:80"),
+        plane.add_frontend("http://127.0.0.1:0"),
+        plane.events().__aenter__(),
+    ):
+        with pytest.raises(kk.ConfigurationError, match="the control plane was not started: enter it with async with"):
+            await use
+    with pytest.raises(kk.ConfigurationError, match="the control plane was not started"):
+        _ = plane.address
+    assert not list(plane) and not plane.snapshot() and plane.get("node-1") is None
+    await plane.aclose()
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        await plane.wait_for("node-1")
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        _ = plane.address
+
+
 async def test_life(certs):
     plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
-    with pytest.raises(kk.ConfigurationError, match="was not started"):
-        _ = plane.address
     async with plane:
         with pytest.raises(kk.ConfigurationError, match="started before"):
             await plane.start()
@@ -497,7 +517,7 @@ async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
         kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=2**20)
     async with (
         target() as echo,
-        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=5 * 2**20) as plane,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory="5MiB") as plane,
         kk.Worker([plane.address], tls=certs.worker("a"), allow=[kk.tcp("127.0.0.1", echo.port)]),
         FaultProxy(plane.address) as proxy,
     ):
@@ -519,6 +539,22 @@ async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
     (line,) = [line for line in log() if line.startswith("refused worker")]
     assert line.startswith("refused worker c at 127.0.0.1:")
     assert line.endswith(": its session would exceed the memory of 5MiB for all")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"memory": "1MiB"}, "memory 1MiB is less than one session"),
+        ({"memory": "much"}, "'much' is not a size; write"),
+        ({"memory": 1.5}, "memory takes bytes or a size, not 1.5: write"),
+        ({"memory": True}, "memory takes bytes or a size, not True: write"),
+        ({"tls": "pki"}, r"tls takes TLSFiles\(...\), not 'pki'"),
+        ({"limits": {"idle_timeout": 60}}, r"limits takes Limits\(...\), not "),
+    ],
+)
+async def test_arguments_of_the_wrong_kind(certs, kwargs, text):
+    with pytest.raises(kk.ConfigurationError, match=text):
+        kk.ControlPlane("127.0.0.1:0", **{"tls": certs.plane, **kwargs})
 
 
 async def test_what_this_side_ends_is_not_told_as_the_peers_doing(certs, log):

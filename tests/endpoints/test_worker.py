@@ -154,6 +154,8 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
         ({"connect": ["127.0.0.1:1"], "allow": ["127.0.0.1"]}, "not HOST:PORTS"),
         ({"connect": ["127.0.0.1:1"], "allow": [8000]}, "rule 8000 is neither text nor an AllowRule: write"),
         ({"connect": ["127.0.0.1:1"], "allow": [("127.0.0.1", 80)]}, "neither text nor an AllowRule: write"),
+        ({"connect": ["127.0.0.1:1"], "tls": "pki"}, r"tls takes TLSFiles\(...\), not 'pki'"),
+        ({"connect": ["127.0.0.1:1"], "limits": 60}, r"limits takes Limits\(...\), not 60"),
         ({"connect": ["127.0.0.1:1"], "priorities": "*:22=bulk"}, "priorities takes a list"),
         ({"connect": ["127.0.0.1:1"], "priorities": [22]}, "priority 22 is not text: write"),
         ({"connect": ["127.0.0.1:1"], "server_name": "a b"}, "neither an IP address nor a DNS name"),
@@ -161,7 +163,7 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
 )
 async def test_bad_arguments(certs, kwargs, text):
     with pytest.raises(kk.ConfigurationError, match=text):
-        kk.Worker(**kwargs, tls=certs.worker())
+        kk.Worker(**{"tls": certs.worker(), **kwargs})
 
 
 async def test_a_control_planes_certificate_is_no_workers(certs):
@@ -183,6 +185,9 @@ async def test_starts_once(certs):
 
 async def test_never_started(certs):
     worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
+    for use in (worker.wait_connected, worker.wait_closed):
+        with pytest.raises(kk.ConfigurationError, match="the worker was not started: enter it with async with"):
+            await use()
     await worker.aclose()
     await worker.wait_closed()
     assert not worker.sessions and not worker.connected
