@@ -13,7 +13,7 @@ import anyio
 from anyio.streams.stapled import StapledByteStream
 
 import konnektor as kk
-from konnektor.pki import init_ca, issue
+from konnektor.testing import certificates
 
 
 class Exec(kk.StreamType, frozen=True):
@@ -47,12 +47,9 @@ async def ask(session: kk.Session, argv: list[str], text: str) -> str:
 
 
 async def main(pki: str) -> None:
-    init_ca(pki)
-    issue(pki, "control-plane", "cp")
-    issue(pki, "worker", "node-1")
-    files = [kk.TLSFiles(f"{pki}/ca.pem", f"{pki}/{name}.pem", f"{pki}/{name}.key") for name in ("cp", "node-1")]
-    async with kk.ControlPlane("127.0.0.1:0", tls=files[0]) as control_plane:
-        worker = kk.Worker([control_plane.address], tls=files[1])
+    made = certificates(pki, "node-1")
+    async with kk.ControlPlane("127.0.0.1:0", tls=made.control_plane) as control_plane:
+        worker = kk.Worker([control_plane.address], tls=made.workers["node-1"])
         worker.handle(Exec)(run)  # or @worker.handle(Exec) above run()
         async with worker:
             session = await control_plane.wait_for("node-1")

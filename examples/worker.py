@@ -18,7 +18,7 @@ async def main(pki: str, name: str, connect: str, allow: list[str]) -> None:
     worker = kk.Worker(
         [connect],
         tls=kk.TLSFiles(f"{pki}/ca.pem", f"{pki}/{name}.pem", f"{pki}/{name}.key"),
-        allow=[kk.parse_allow(rule) for rule in allow],
+        allow=allow,
     )
     async with worker:
         session = await worker.wait_connected()

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
-from konnektor.endpoint import Endpoint
+from konnektor.addresses import Forward, format_hostport, listed, parse_forward, parse_host, parse_hostport, unwrap
+from konnektor.endpoint import Endpoint, checked_limits
 from konnektor.errors import (
     Code,
     ConfigurationError,
@@ -28,15 +28,16 @@ from konnektor.frontends.clients import Clients
 from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, left_silently, with_alerts
-from konnektor.limits import Limits, format_size
+from konnektor.limits import Limits, format_size, parse_size
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.mux import MuxStream
-from konnektor.policy import AllowList, AllowRule, parse_grant_from
+from konnektor.policy import AllowList, AllowRule, as_grant_from
 from konnektor.priorities import PriorityRule
-from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
+from konnektor.router import Route, Router, as_grant_route, granted_routes, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
+from konnektor.stream_types import StreamType, Tcp
 from konnektor.tls import Role, TLSFiles, peer_identity
 
 __all__ = ["ControlPlane", "WorkerConnected", "WorkerDisconnected", "WorkerEvent", "WorkerSnapshot"]
@@ -107,12 +108,14 @@ class ControlPlane(Endpoint):
         grant_routes: routes that a worker may claim beyond ``host=NAME``: ``NAME=ROUTE``, or (name, route).
         allow_from: what streams of a worker may reach here: ``NAME=HOST:PORTS``, or (name, rule). Nothing, by default.
         limits: of each session.
-        memory: bytes that all sessions together may be granted, each ``limits.session_memory``; when they are taken, no
-            other worker is let in, and those that are there notice nothing. None: no bound.
+        memory: bytes, or a size such as ``4GiB``, that all sessions together may be granted, each
+            ``limits.session_memory``; when they are taken, no other worker is let in, and those that are there notice
+            nothing. None: no bound.
         priorities: class and weight of streams by their destination, ``PATTERN=CLASS[:WEIGHT]``; the first that fits.
 
     Raises:
-        ConfigurationError: the address, a route or a rule is not one, or there is not memory for one session.
+        ConfigurationError: the address, a route, a rule or another argument is not one, or there is not memory for one
+            session.
         CertificateError: the files cannot be used.
     """
 
@@ -123,24 +126,29 @@ class ControlPlane(Endpoint):
         listen: str,
         *,
         tls: TLSFiles,
-        grant_routes: Iterable[str | tuple[str, Route]] = (),
-        allow_from: Iterable[str | tuple[str, AllowRule]] = (),
+        grant_routes: Iterable[str | tuple[str, Route | str]] = (),
+        allow_from: Iterable[str | tuple[str, AllowRule | str]] = (),
         limits: Limits | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
         self._grants = _parse_grants(grant_routes)
         self._allowed = _parse_allowed(allow_from)
-        one = (limits or Limits()).session_memory
-        if memory is not None and memory < one:
+        limits = checked_limits(limits)
+        self._memory = None if memory is None else _parse_memory(memory)
+        one = limits.session_memory
+        if self._memory is not None and self._memory < one:
             raise ConfigurationError(
-                f"memory {format_size(memory)} is less than one session may be granted, {format_size(one)}: raise it, "
-                "or lower the receive pool and the replay buffer"
+                f"memory {format_size(self._memory)} is less than one session may be granted, {format_size(one)}: "
+                "raise it, or lower the receive pool and the replay buffer"
             )
-        self._memory = memory
         super().__init__(
-            tls, tls.server_context, lambda session: self._allowed.get(session.peer_name, _NOTHING), limits, priorities
+            tls,
+            TLSFiles.server_context,
+            lambda session: self._allowed.get(session.peer_name, _NOTHING),
+            limits,
+            priorities,
         )
         self._granted_memory = 0
         self._settings = Settings.of(
@@ -165,8 +173,8 @@ class ControlPlane(Endpoint):
     def set_grants(
         self,
         *,
-        grant_routes: Iterable[str | tuple[str, Route]] | None = None,
-        allow_from: Iterable[str | tuple[str, AllowRule]] | None = None,
+        grant_routes: Iterable[str | tuple[str, Route | str]] | None = None,
+        allow_from: Iterable[str | tuple[str, AllowRule | str]] | None = None,
     ) -> None:
         """Replaces what workers may claim and reach, at once; what is left out stays as it is.
 
@@ -199,9 +207,15 @@ class ControlPlane(Endpoint):
 
     @property
     def address(self) -> str:
-        """``HOST:PORT`` of the tunnel listener, with the port that was chosen for 0."""
+        """``HOST:PORT`` of the tunnel listener, with the port that was chosen for 0.
+
+        Raises:
+            ConfigurationError: the control plane was not started.
+            SessionClosedError: it was closed before it was started.
+        """
+        self._check_started()
         if not self._acceptors:
-            raise ConfigurationError("the control plane was not started")
+            raise SessionClosedError("the control plane is closed")
         return self._acceptors[0].name
 
     def _leave(self, *, drain: bool) -> None:
@@ -242,8 +256,10 @@ class ControlPlane(Endpoint):
         """The session of a worker, as soon as it is connected. Cancelling is safe.
 
         Raises:
+            ConfigurationError: the control plane was not started.
             SessionClosedError: the control plane is closed or drains: no worker will connect.
         """
+        self._check_started()
         await self._changes.wait_for(lambda: name in self._workers or self._leaving)
         session = self._workers.get(name)
         if session is None:
@@ -255,7 +271,11 @@ class ControlPlane(Endpoint):
         """``async with cp.events() as events: async for event in events``: workers that come and go.
 
         A subscriber that falls 1,024 events behind misses the oldest.
+
+        Raises:
+            ConfigurationError: the control plane was not started.
         """
+        self._check_started()
         queue: asyncio.Queue[WorkerEvent] = asyncio.Queue(EVENTS)
         self._subscribers.add(queue)
 
@@ -295,10 +315,14 @@ class ControlPlane(Endpoint):
             kwargs: as ``Session.open``, but ``early``.
 
         Raises:
+            ConfigurationError: ``host`` is neither an IP address nor a host name, ``port`` is not 1 to 65535, or the
+                control plane was not started.
             NoRouteError: no connected worker serves the destination.
             StreamError: the worker refused.
             SessionLost: the worker went away meanwhile.
         """
+        self._check_started()
+        StreamType.encode(Tcp(host, port))  # the host is looked at below: it may name the worker, too
         error: KonnektorError | None = None
         for choice in self._router.candidates(host, worker):
             session = self._workers.get(choice.worker)
@@ -350,9 +374,10 @@ class ControlPlane(Endpoint):
             forward: ``LISTEN=WORKER/HOST:PORT``, LISTEN being ``HOST:PORT``; with ``udp:`` in front, of UDP.
 
         Raises:
-            ConfigurationError: it is not one.
+            ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
         """
+        self._check_started()
         return await self._clients.add_forward(parse_forward(forward) if isinstance(forward, str) else forward)
 
     async def add_frontend(self, frontend: str | Frontend) -> str:
@@ -363,10 +388,11 @@ class ControlPlane(Endpoint):
                 ``https://HOST:PORT?cert=F&key=F&client-ca=F``, whose files are looked at again for every connection.
 
         Raises:
-            ConfigurationError: it is not one.
+            ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
             CertificateError: the files of an https frontend cannot be used.
         """
+        self._check_started()
         return await self._clients.add_frontend(parse_frontend(frontend) if isinstance(frontend, str) else frontend)
 
     async def _open_for(self, request: ConnectRequest) -> Stream:
@@ -580,16 +606,23 @@ class ControlPlane(Endpoint):
 _NOTHING: Final = AllowList()
 
 
-def _parse_grants(grants: Iterable[str | tuple[str, Route]]) -> tuple[tuple[str, Route], ...]:
-    return tuple(parse_grant_route(grant) if isinstance(grant, str) else grant for grant in grants)
+def _parse_grants(grants: Iterable[object]) -> tuple[tuple[str, Route], ...]:
+    return tuple(map(as_grant_route, listed("grant_routes", grants, '["node-1=cidr=10.1.0.0/16"]')))
 
 
-def _parse_allowed(grants: Iterable[str | tuple[str, AllowRule]]) -> dict[str, AllowList]:
+def _parse_allowed(grants: Iterable[object]) -> dict[str, AllowList]:
     rules: dict[str, list[AllowRule]] = {}
-    for grant in grants:
-        name, rule = parse_grant_from(grant) if isinstance(grant, str) else grant
+    for name, rule in map(as_grant_from, listed("allow_from", grants, '["node-1=10.0.0.1:6443"]')):
         rules.setdefault(name, []).append(rule)
     return {name: AllowList(of_name) for name, of_name in rules.items()}
+
+
+def _parse_memory(memory: object) -> int:
+    if isinstance(memory, str):
+        return parse_size(memory)
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        return memory
+    raise ConfigurationError(f"memory takes bytes or a size, not {memory!a:.80}: write for example 4GiB")
 
 
 def _same_process(a: Session, b: Session) -> bool:

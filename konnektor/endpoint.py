@@ -20,11 +20,11 @@ from konnektor.priorities import Priorities, PriorityRule
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.stream import Stream
-from konnektor.stream_types import StreamType, Tcp, Udp
+from konnektor.stream_types import StreamType, Tcp, Udp, check_type
 from konnektor.targets import Targets
 from konnektor.tls import Identity, TLSFiles
 
-__all__ = ["Endpoint"]
+__all__ = ["Endpoint", "checked_limits"]
 
 T = TypeVar("T", bound=StreamType)
 
@@ -39,7 +39,7 @@ class Endpoint(ABC):
 
     Args:
         tls: its files.
-        build: makes a TLS context from them.
+        build: makes a TLS context from them, a method of theirs.
         allowed: what the streams of a session may reach here.
         limits: of each session.
         priorities: rules for class and weight of streams, whoever opens them.
@@ -50,6 +50,7 @@ class Endpoint(ABC):
         limits: of each session.
 
     Raises:
+        ConfigurationError: an argument is not what it is to be.
         CertificateError: the files cannot be used.
     """
 
@@ -58,12 +59,13 @@ class Endpoint(ABC):
     def __init__(
         self,
         tls: TLSFiles,
-        build: Callable[[], ssl.SSLContext],
+        build: Callable[[TLSFiles], ssl.SSLContext],
         allowed: Callable[[Session], AllowList],
         limits: Limits | None,
         priorities: Iterable[PriorityRule | str],
     ) -> None:
-        self.limits = limits or Limits()
+        _expect("tls", tls, TLSFiles)
+        self.limits = checked_limits(limits)
         self._priorities = Priorities(priorities)
         self.identity: Identity = tls.identity()
 
@@ -71,7 +73,7 @@ class Endpoint(ABC):
             identity = tls.identity()
             if identity != self.identity:
                 raise CertificateError(f"the certificate now names {identity}, not {self.identity}")
-            return build()
+            return build(tls)
 
         self._context = ReloadingContext(build_as_before, tls.cert, tls.key, tls.ca, owner=self.identity.name)
         self._targets = Targets(allowed)
@@ -100,6 +102,11 @@ class Endpoint(ABC):
         if not self._leaving:
             self._context.watch()
 
+    def _check_started(self) -> None:
+        """Raises ConfigurationError before the start, when what is waited for would not come."""
+        if not (self._started or self._leaving):
+            raise ConfigurationError(f"the {self._kind} was not started: enter it with async with")
+
     @abstractmethod
     async def _start(self) -> None: ...
 
@@ -113,7 +120,13 @@ class Endpoint(ABC):
     def handle(
         self, request: type[T]
     ) -> Callable[[Callable[[Stream, T], Awaitable[None]]], Callable[[Stream, T], Awaitable[None]]]:
-        """Decorator: serves peers' streams of a type of your own; ``stream.session.peer_name`` says whose it is."""
+        """Decorator: serves peers' streams of a type of your own; ``stream.session.peer_name`` says whose it is.
+
+        Raises:
+            ConfigurationError: the type is none, or its name, or what is decorated is no coroutine function.
+            LocalProtocolError: the type has a handler.
+        """
+        check_type(request)
 
         def add(handler: Callable[[Stream, T], Awaitable[None]]) -> Callable[[Stream, T], Awaitable[None]]:
             self.handlers.add(request, handler)
@@ -176,3 +189,20 @@ class Endpoint(ABC):
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._targets.wait_closed()
+
+
+def checked_limits(limits: Limits | None) -> Limits:
+    """The limits that were given, or the default ones.
+
+    Raises:
+        ConfigurationError: something else was given.
+    """
+    if limits is None:
+        return Limits()
+    _expect("limits", limits, Limits)
+    return limits
+
+
+def _expect(what: str, given: object, kind: type) -> None:
+    if not isinstance(given, kind):
+        raise ConfigurationError(f"{what} takes {kind.__name__}(...), not {given!a:.80}")

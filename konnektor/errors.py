@@ -120,7 +120,7 @@ class KonnektorError(Exception):
 
 
 class ConfigurationError(KonnektorError, ValueError):
-    """A setting, flag or rule that cannot be used; the text names it and says what would do."""
+    """A setting, flag, rule or argument that cannot be used; the text names it and says what would do."""
 
 
 class CertificateError(KonnektorError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Awaitable, Callable
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from konnektor.errors import LocalProtocolError
+from konnektor.errors import ConfigurationError, LocalProtocolError
 from konnektor.mux import MuxStream
 from konnektor.stream import Stream
-from konnektor.stream_types import StreamType
+from konnektor.stream_types import StreamType, check_type
 
 if TYPE_CHECKING:
     from konnektor.session import Session
@@ -49,15 +52,16 @@ class Handlers:
 
         Args:
             request: the type.
-            handler: what serves its streams.
+            handler: what serves its streams, a coroutine function.
             begin: asked first, without a task. Where it returns True it has taken every duty over, the stream's sink
                 and its ``release`` included; else the handler serves the stream, of which nothing has been touched.
 
         Raises:
-            ConfigurationError: the type's name is not one.
+            ConfigurationError: the type is none, or its name, or the handler is no coroutine function.
             LocalProtocolError: the type has a handler.
         """
-        request.check()
+        check_type(request)
+        _check_handler(request, handler)
         if request.name in self._handlers:
             raise LocalProtocolError(f"stream type {request.name!r} has a handler already")
         self._handlers[request.name] = Entry(request, handler, begin)
@@ -69,3 +73,18 @@ class Handlers:
     def get(self, name: str) -> Entry | None:
         """What serves the type of that name."""
         return self._handlers.get(name)
+
+
+def _check_handler(request: type[StreamType], handler: object) -> None:
+    """Raises ConfigurationError for what would give nothing to wait for, which only the first stream would show."""
+    function = inspect.unwrap(handler) if callable(handler) else None
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, MethodType):
+        function = function.__func__
+    # What else is callable may well return an awaitable: an object, a compiled function, a lambda around a coroutine.
+    plain = isinstance(function, FunctionType) and function.__name__ != "<lambda>"
+    if function is None or (plain and not inspect.iscoroutinefunction(function)):
+        raise ConfigurationError(
+            f"the handler of {request.__name__} is not a coroutine function: write async def serve(stream, request)"
+        )

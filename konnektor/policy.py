@@ -27,6 +27,7 @@ from konnektor.addresses import (
     format_hosts,
     format_ports,
     format_protocol,
+    listed,
     parse_host,
     parse_network,
     parse_ports,
@@ -38,7 +39,9 @@ from konnektor.addresses import (
 )
 from konnektor.errors import ConfigurationError, DeniedError
 
-__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "parse_rule", "tcp", "udp"]
+__all__ = ["AllowList", "AllowRule", "as_grant_from", "parse_allow", "parse_grant_from", "parse_rule", "tcp", "udp"]
+
+_RULES: Final = """["10.0.0.0/8:80,443"] or [tcp("10.0.0.0/8", "80,443")]"""
 
 _SPECIAL_V4: Final = (
     ("0.0.0.0/8", "unspecified"),  # Linux connects 0.0.0.0 to itself
@@ -186,6 +189,32 @@ def parse_grant_from(text: str) -> tuple[str, AllowRule]:
     return parse_worker_name(name), parse_allow(rule)
 
 
+def as_grant_from(grant: object) -> tuple[str, AllowRule]:
+    """``NAME=RULE``, or (name, rule), the rule being one or its text.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    match grant:
+        case str():
+            return parse_grant_from(grant)
+        case (str(name), rule):
+            return parse_worker_name(name), _as_rule(rule)
+        case _:
+            raise ConfigurationError(
+                f"grant {grant!a:.80} is neither text nor (NAME, RULE): "
+                """write "node-1=10.0.0.1:6443" or ("node-1", tcp("10.0.0.1", 6443))"""
+            )
+
+
+def _as_rule(rule: object) -> AllowRule:
+    if isinstance(rule, AllowRule):
+        return rule
+    if isinstance(rule, str):
+        return parse_allow(rule)
+    raise ConfigurationError(f"rule {rule!a:.80} is neither text nor an AllowRule: write {_RULES}")
+
+
 def _parse_rule_host(text: str) -> IPNetwork | str:
     if text == "*":
         raise ConfigurationError("host '*' says nothing: write 0.0.0.0/0 and [::/0] for all ordinary addresses")
@@ -201,10 +230,16 @@ class AllowList:
     """The rules of one end, and the two checks. An empty list allows nothing.
 
     The reasons in the errors are for this side's log; the peer is told only the code.
+
+    Args:
+        rules: rules, or text for ``parse_allow``.
+
+    Raises:
+        ConfigurationError: one of them is neither, or they are not a list.
     """
 
-    def __init__(self, rules: Iterable[AllowRule] = ()) -> None:
-        self.rules = tuple(rules)
+    def __init__(self, rules: Iterable[AllowRule | str] = ()) -> None:
+        self.rules = tuple(map(_as_rule, listed("allow", rules, _RULES)))
 
     def check_name(self, host: str, port: int, protocol: Protocol = "tcp") -> None:
         """First stage, before resolving: refuses what no resolved address could make acceptable.

@@ -18,6 +18,7 @@ from konnektor.addresses import (
     format_hosts,
     format_ports,
     format_protocol,
+    listed,
     parse_host,
     quote,
     unwrap,
@@ -86,14 +87,28 @@ def parse_priority(text: str) -> PriorityRule:
     return PriorityRule(host, ports, protocol, CLASSES.index(name), int(weight) if colon else 1)
 
 
+def _as_rule(rule: object) -> PriorityRule:
+    if isinstance(rule, PriorityRule):
+        return rule
+    if isinstance(rule, str):
+        return parse_priority(rule)
+    raise ConfigurationError(f"priority {rule!a:.80} is not text: write HOST:PORTS=CLASS, as '*:10250=interactive'")
+
+
 class Priorities:
     """The rules of one end. The first that fits a destination decides.
 
     A name is compared as the OPEN has it, and an address with networks only: nothing is resolved for it.
+
+    Args:
+        rules: rules, or text for ``parse_priority``.
+
+    Raises:
+        ConfigurationError: one of them is neither, or they are not a list.
     """
 
     def __init__(self, rules: Iterable[PriorityRule | str] = ()) -> None:
-        self.rules = tuple(parse_priority(rule) if isinstance(rule, str) else rule for rule in rules)
+        self.rules = tuple(map(_as_rule, listed("priorities", rules, '["*:10250=interactive"]')))
 
     def of(self, request: StreamType) -> tuple[int, int] | None:
         """Class and weight for a stream; None if no rule is for it, as for types without a destination."""

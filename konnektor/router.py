@@ -22,7 +22,16 @@ from fnmatch import fnmatchcase
 from ipaddress import ip_network
 from typing import Final, NamedTuple
 
-from konnektor.addresses import IPAddress, IPNetwork, parse_host, parse_network, parse_worker_name, quote, unwrap
+from konnektor.addresses import (
+    IPAddress,
+    IPNetwork,
+    listed,
+    parse_host,
+    parse_network,
+    parse_worker_name,
+    quote,
+    unwrap,
+)
 from konnektor.errors import ConfigurationError, NoRouteError
 
 __all__ = [
@@ -31,6 +40,8 @@ __all__ = [
     "Route",
     "RouteChoice",
     "Router",
+    "as_grant_route",
+    "as_routes",
     "granted_routes",
     "parse_grant_route",
     "parse_route",
@@ -141,6 +152,41 @@ def parse_grant_route(text: str) -> tuple[str, Route]:
     return parse_worker_name(name), parse_route(route)
 
 
+def as_grant_route(grant: object) -> tuple[str, Route]:
+    """``NAME=ROUTE``, or (name, route), the route being one or its text.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    match grant:
+        case str():
+            return parse_grant_route(grant)
+        case (str(name), route):
+            return parse_worker_name(name), _as_route(route)
+        case _:
+            raise ConfigurationError(
+                f"grant {grant!a:.80} is neither text nor (NAME, ROUTE): "
+                """write "node-1=cidr=10.1.0.0/16" or ("node-1", "cidr=10.1.0.0/16")"""
+            )
+
+
+def as_routes(routes: Iterable[Route | str]) -> tuple[Route, ...]:
+    """The routes that a worker is to claim, text among them parsed.
+
+    Raises:
+        ConfigurationError: one sentence that says what to write.
+    """
+    return tuple(map(_as_route, listed("routes", routes, '["cidr=10.1.0.0/16", "host=db.example"]')))
+
+
+def _as_route(route: object) -> Route:
+    if isinstance(route, Route):
+        return route
+    if isinstance(route, str):
+        return parse_route(route)
+    raise ConfigurationError(f"route {route!a:.80} is neither text nor a Route: write host=NAME, cidr=NET or default")
+
+
 def granted_routes(
     name: str, claims: Iterable[Route], grants: Iterable[tuple[str, Route]]
 ) -> tuple[tuple[Route, ...], tuple[Route, ...]]:
@@ -207,7 +253,7 @@ class Router:
         """The first of ``candidates``.
 
         Raises:
-            NoRouteError: no worker serves the destination.
+            ConfigurationError, NoRouteError: as ``candidates``.
         """
         return self.candidates(host, header)[0]
 
@@ -219,6 +265,7 @@ class Router:
             header: the worker that the client asked for, if it did.
 
         Raises:
+            ConfigurationError: the worker is to be found by the host, which is neither an IP address nor a DNS name.
             NoRouteError: no worker serves the destination; the text says why.
         """
         name = host.lower().removesuffix(".")
@@ -228,10 +275,7 @@ class Router:
             if header not in self._routes:
                 raise NoRouteError(f"worker {quote(header)} is not connected")
             return [RouteChoice(header, host)]
-        try:
-            destination = parse_host(host)
-        except ConfigurationError as error:
-            raise NoRouteError(str(error)) from None
+        destination = parse_host(host)
         workers = self._by_name(destination) if isinstance(destination, str) else self._by_address(unwrap(destination))
         workers = workers or self._holders.get(DEFAULT)
         if not workers:

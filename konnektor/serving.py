@@ -12,7 +12,7 @@ from konnektor.listener import StreamListener
 from konnektor.mux import MuxStream
 from konnektor.states import Sending
 from konnektor.stream import Inbox, Stream
-from konnektor.stream_types import StreamType
+from konnektor.stream_types import StreamType, check_type
 
 if TYPE_CHECKING:
     from konnektor.session import Session
@@ -43,7 +43,7 @@ class Serving:
 
     def listen(self, request: type[T]) -> StreamListener[T]:
         """See ``Session.listen``."""
-        request.check()
+        check_type(request)
         session = self._session
         if session.closed:
             raise SessionClosedError("the session is closed")

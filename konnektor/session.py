@@ -39,7 +39,7 @@ from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
 from konnektor.serving import Classify, Serving
 from konnektor.settings import Settings
 from konnektor.stream import Inbox, Stream
-from konnektor.stream_types import StreamType, Tcp, Udp
+from konnektor.stream_types import StreamType, Tcp, Udp, check_request
 from konnektor.transport import StreamTransport
 
 __all__ = ["Session", "SessionStats"]
@@ -327,6 +327,7 @@ class Session:
             weight: of its class's share, compared with others of that class, 1 to 255; 1 by default.
 
         Raises:
+            ConfigurationError: this is no request, or a field is not what its type takes; nothing was sent.
             LocalProtocolError: there is no such class or weight.
             StreamError: the peer refused; one class per reason.
             SessionClosedError: the session is over or draining.
@@ -344,7 +345,11 @@ class Session:
         return stream
 
     async def open_tcp(self, host: str, port: int, **kwargs: Any) -> Stream:
-        """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``."""
+        """Opens a TCP connection from the peer to ``host:port``; arguments and errors as ``open``.
+
+        Raises:
+            ConfigurationError: ``host`` is neither an IP address nor a host name, or ``port`` is not 1 to 65535.
+        """
         return await self.open(Tcp(host, port), **kwargs)
 
     async def open_udp(self, host: str, port: int, **kwargs: Any) -> Stream:
@@ -353,6 +358,7 @@ class Session:
         Its datagrams are ``Stream.send_datagram`` and ``Stream.receive_datagram``.
 
         Raises:
+            ConfigurationError: as ``open_tcp``.
             UnsupportedError: the peer has no datagrams, too.
         """
         return await self.open(Udp(host, port), **kwargs)
@@ -367,6 +373,7 @@ class Session:
         weight: int | None = None,
     ) -> MuxStream:
         """Opens a stream whose events go to a sink of yours, without waiting; for relays like ``Splice``."""
+        check_request(request)
         rule = self._classify(request) if self._classify is not None and priority is None and weight is None else None
         if rule is not None:
             priority, weight = rule
@@ -398,7 +405,7 @@ class Session:
         """Serves this session's streams of a type by an anyio ``Listener``: ``serve(f)`` runs ``f(stream)`` for each.
 
         Raises:
-            ConfigurationError: the type's name is not one.
+            ConfigurationError: the type is none, or its name.
             LocalProtocolError: the type has a handler or a listener already.
             SessionClosedError: the session is over.
         """

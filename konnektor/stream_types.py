@@ -13,14 +13,18 @@ is yours, and needs no registry::
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self, dataclass_transform
+from types import MemberDescriptorType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, dataclass_transform
 
 import msgspec
 
+from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError
 
-__all__ = ["StreamType", "Tcp", "Udp"]
+__all__ = ["StreamType", "Tcp", "Udp", "check_request", "check_type"]
 
+_MISFIT: Final = re.compile(r"Expected (.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
+"""How msgspec says what does not fit, and in which field."""
 _NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
 
 
@@ -40,18 +44,52 @@ class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=Tru
     Fields that a peer does not know are ignored, and missing ones take their defaults, so a type can grow.
 
     Attributes:
-        name: what OPEN calls it.
+        name: what OPEN calls it; a base of other types needs none.
         priority: class its streams start in: 0 interactive, 1 default, 2 bulk.
         datagrams: whether its streams carry datagrams beside their bytes; both peers must say the same.
+
+    Raises:
+        ConfigurationError: by the ``class`` statement: one of the three is not what it must be.
     """
 
     name: ClassVar[str] = ""
     priority: ClassVar[int] = 1
     datagrams: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for attribute, example in (("name", '"exec@acme.example"'), ("priority", "2"), ("datagrams", "True")):
+            if isinstance(getattr(cls, attribute), MemberDescriptorType):
+                raise ConfigurationError(
+                    f"{cls.__name__}.{attribute} has an annotation, which makes it a field of each request: "
+                    f"write {attribute} = {example} without one, or with ClassVar"
+                )
+        if cls.name != "":
+            cls.check()
+        if cls.priority not in {0, 1, 2}:
+            raise ConfigurationError(
+                f"{cls.__name__}.priority is {cls.priority!r}; write 0 for interactive, 1 for default or 2 for bulk"
+            )
+
     def encode(self) -> bytes:
-        """The header for OPEN."""
-        return msgspec.msgpack.encode(self)
+        """The header for OPEN.
+
+        Raises:
+            ConfigurationError: a field is not what its annotation says, and the peer would refuse it; the text names it.
+        """
+        name = type(self).__name__
+        try:
+            header = msgspec.msgpack.encode(self)
+            msgspec.msgpack.decode(header, type=type(self))
+        except msgspec.ValidationError as error:
+            found = _MISFIT.fullmatch(str(error))
+            if found is None:
+                raise ConfigurationError(f"{name} cannot be sent: {error}") from None
+            wanted = found[1].replace(", got ", ", not ")
+            raise ConfigurationError(f"{name}.{found[2]} takes {wanted}") from None
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigurationError(f"{name} cannot be sent: {error}") from None
+        return header
 
     @classmethod
     def decode(cls, header: bytes) -> Self:
@@ -68,10 +106,33 @@ class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=Tru
     @classmethod
     def check(cls) -> None:
         """Raises ConfigurationError if the class cannot travel."""
-        if not _NAME.fullmatch(cls.name):
+        name: object = cls.name
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigurationError(
-                f"{cls.__name__}.name is {cls.name!r}; write NAME@DOMAIN in lower case, for example 'exec@acme.example'"
+                f"{cls.__name__}.name is {name!r}; write NAME@DOMAIN in lower case, for example 'exec@acme.example'"
             )
+
+
+def check_type(request: object) -> None:
+    """Raises ConfigurationError if this is no class whose requests can travel."""
+    if not (isinstance(request, type) and issubclass(request, StreamType)):
+        raise ConfigurationError(f"a stream type is a subclass of StreamType, not {_kind(request)}")
+    request.check()
+
+
+def check_request(request: object) -> None:
+    """Raises ConfigurationError if this is no request that can travel; its fields are ``encode``'s business."""
+    if not isinstance(request, StreamType):
+        name = request.__name__ if isinstance(request, type) else "Tcp"
+        raise ConfigurationError(
+            f"a request is an instance of a subclass of StreamType, not {_kind(request)}: write {name}(...)"
+        )
+    if not request.name:  # any other was checked with its class
+        request.check()
+
+
+def _kind(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"an instance of {type(given).__name__}"
 
 
 class Tcp(StreamType, frozen=True):
@@ -81,6 +142,11 @@ class Tcp(StreamType, frozen=True):
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
+    def encode(self) -> bytes:
+        header = super().encode()
+        parse_host(self.host)  # of what is neither name nor address the peer would say no more than DENIED
+        return header
+
 
 class Udp(StreamType, frozen=True):
     """A UDP socket at the accepting end, connected to ``host:port``: one datagram is one packet, either way."""
@@ -89,3 +155,8 @@ class Udp(StreamType, frozen=True):
     datagrams: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+    def encode(self) -> bytes:
+        header = super().encode()
+        parse_host(self.host)
+        return header

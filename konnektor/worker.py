@@ -30,7 +30,7 @@ from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.policy import AllowList, AllowRule
 from konnektor.priorities import PriorityRule
-from konnektor.router import parse_route
+from konnektor.router import Route, as_routes
 from konnektor.session import INSTANCE, SOFTWARE, Session
 from konnektor.settings import Settings
 from konnektor.tls import Role, TLSFiles, peer_identity
@@ -85,7 +85,8 @@ class Worker(Endpoint):
     Args:
         connect: addresses of control planes, ``HOST:PORT`` each; a session is kept to every one.
         tls: certificate, key and CA; looked at again for every connection, so that renewed files are used.
-        allow: what may be dialed here (``tcp(...)`` or ``parse_allow``). Nothing is, by default.
+        allow: what may be dialed here: ``tcp(...)``, ``udp(...)``, or ``[udp:]HOST-OR-CIDR:PORTS`` as ``parse_allow`` reads
+            it. Nothing is, by default.
         routes: destinations to claim: ``host=GLOB``, ``cidr=NET``, ``default``.
         server_name: what control planes' certificates must name, if not the host that is dialed.
         limits: of each session.
@@ -94,7 +95,7 @@ class Worker(Endpoint):
         once: connect once; a failure, or the end of the session, ends the worker.
 
     Raises:
-        ConfigurationError: an address, name, route or rule is not one.
+        ConfigurationError: an address, name, route, rule or other argument is not one.
         CertificateError: the files cannot be used.
     """
 
@@ -105,8 +106,8 @@ class Worker(Endpoint):
         connect: Sequence[str],
         *,
         tls: TLSFiles,
-        allow: Iterable[AllowRule] = (),
-        routes: Sequence[str] = (),
+        allow: Iterable[AllowRule | str] = (),
+        routes: Iterable[Route | str] = (),
         server_name: str | None = None,
         limits: Limits | None = None,
         priorities: Iterable[PriorityRule | str] = (),
@@ -119,13 +120,13 @@ class Worker(Endpoint):
         self._server_name = None if server_name is None else canonical_host(server_name)
         self._once = once
         self.allow = AllowList(allow)
-        super().__init__(tls, tls.client_context, lambda _session: self.allow, limits, priorities)
+        super().__init__(tls, TLSFiles.client_context, lambda _session: self.allow, limits, priorities)
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
             instance=INSTANCE,
             name=self.identity.name,
-            routes=tuple(str(parse_route(route)) for route in routes),
+            routes=tuple(map(str, as_routes(routes))),
             labels=labels,
             features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )
@@ -136,10 +137,13 @@ class Worker(Endpoint):
         self._links: list[asyncio.Task[None]] = []
         self._error: KonnektorError | None = None
 
-    def set_allow(self, rules: Iterable[AllowRule]) -> None:
+    def set_allow(self, rules: Iterable[AllowRule | str]) -> None:
         """Replaces the rules of ``allow`` at once: streams that the new ones do not allow end with DENIED.
 
         So do those of sessions that wait for a connection; their peers hear of it when there is one.
+
+        Raises:
+            ConfigurationError: a rule is not one; nothing has changed then.
         """
         self.allow = AllowList(rules)
         self._targets.judge()
@@ -153,9 +157,11 @@ class Worker(Endpoint):
         """A session that is up, as soon as there is one. Cancelling is safe.
 
         Raises:
+            ConfigurationError: the worker was not started.
             HandshakeError: with ``once``, every attempt failed.
             SessionClosedError: the worker was closed.
         """
+        self._check_started()
         await self._changes.wait_for(lambda: self.sessions or self._finished)
         if self.sessions:
             return self.sessions[0]
@@ -165,8 +171,10 @@ class Worker(Endpoint):
         """Waits until the worker has ended: closed, drained, or (with ``once``) its sessions over. Cancelling is safe.
 
         Raises:
+            ConfigurationError: the worker was not started.
             HandshakeError: with ``once``, a session did not come about, or broke.
         """
+        self._check_started()
         await self._changes.wait_for(lambda: self._finished and not self._live)
         if self._error is not None and not self._leaving:
             raise self._error

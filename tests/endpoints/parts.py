@@ -75,7 +75,7 @@ async def until(predicate):
 async def tunnel(certs, *, allow=(), plane=None, name="node-1", **kwargs):
     """A control plane and a worker that is connected to it."""
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane, **(plane or {})) as control_plane:
-        allow = [kk.parse_allow(rule) if isinstance(rule, str) else rule for rule in allow or ["127.0.0.1:*"]]
+        allow = allow or ["127.0.0.1:*"]
         async with kk.Worker([control_plane.address], tls=certs.worker(name), allow=allow, **kwargs) as worker:
             session = await control_plane.wait_for(name)
             await worker.wait_connected()
@@ -88,9 +88,7 @@ async def proxied(certs, *, allow=("127.0.0.1:*",), plane=None, name="node-1", *
     async with (
         kk.ControlPlane("127.0.0.1:0", tls=certs.plane, **(plane or {})) as control_plane,
         FaultProxy(control_plane.address) as proxy,
-        kk.Worker(
-            [proxy.address], tls=certs.worker(name), allow=[kk.parse_allow(rule) for rule in allow], **kwargs
-        ) as worker,
+        kk.Worker([proxy.address], tls=certs.worker(name), allow=allow, **kwargs) as worker,
     ):
         session = await control_plane.wait_for(name)
         client = await worker.wait_connected()

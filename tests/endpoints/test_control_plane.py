@@ -233,10 +233,30 @@ async def test_closing_while_handshakes_are_under_way(certs):
             assert await reader.read() == b""
 
 
+async def test_use_before_the_start(certs):
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    for use in (
+        plane.wait_for("node-1"),
+        plane.open_tcp("127.0.0.1", 80),
+        plane.open_tcp("127.0.0.1", 80, worker="node-1"),
+        plane.add_forward("127.0.0.1:0=node-1/127.0.0.1:80"),
+        plane.add_frontend("http://127.0.0.1:0"),
+        plane.events().__aenter__(),
+    ):
+        with pytest.raises(kk.ConfigurationError, match="the control plane was not started: enter it with async with"):
+            await use
+    with pytest.raises(kk.ConfigurationError, match="the control plane was not started"):
+        _ = plane.address
+    assert not list(plane) and not plane.snapshot() and plane.get("node-1") is None
+    await plane.aclose()
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        await plane.wait_for("node-1")
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        _ = plane.address
+
+
 async def test_life(certs):
     plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
-    with pytest.raises(kk.ConfigurationError, match="was not started"):
-        _ = plane.address
     async with plane:
         with pytest.raises(kk.ConfigurationError, match="started before"):
             await plane.start()
@@ -317,6 +337,38 @@ async def test_a_session_that_ends_in_the_moment_it_begins(certs, monkeypatch, l
 # Routes
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"allow_from": kk.tcp("127.0.0.1", 80)}, "allow_from takes a list, not '127.0.0.1:80': write"),
+        ({"allow_from": "node-1=127.0.0.1:80"}, "allow_from takes a list"),
+        ({"allow_from": [kk.tcp("127.0.0.1", 80)]}, "neither text nor .NAME, RULE.: write"),
+        ({"allow_from": [("node-1", 80)]}, "rule 80 is neither text nor an AllowRule"),
+        ({"allow_from": [("node-1", "127.0.0.1")]}, "not HOST:PORTS"),
+        ({"allow_from": [("Node_1", "127.0.0.1:80")]}, "name 'Node_1' is not usable"),
+        ({"allow_from": [(1, "127.0.0.1:80")]}, "neither text nor .NAME, RULE.: write"),
+        ({"grant_routes": "node-1=default"}, "grant_routes takes a list"),
+        ({"grant_routes": [("node-1", "everything")]}, "write host=NAME"),
+        ({"grant_routes": [("node-1", 5)]}, "route 5 is neither text nor a Route"),
+        ({"grant_routes": ["node-1"]}, "names no worker"),
+        ({"grant_routes": [5]}, "grant 5 is neither text nor .NAME, ROUTE.: write"),
+    ],
+)
+async def test_bad_grants(certs, kwargs, text):
+    with pytest.raises(kk.ConfigurationError, match=text):
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, **kwargs)
+    control_plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    with pytest.raises(kk.ConfigurationError, match=text):
+        control_plane.set_grants(**kwargs)
+
+
+async def test_rules_and_routes_of_grants_may_be_text(certs):
+    grants = {"allow_from": [("node-1", "127.0.0.1:*")], "grant_routes": [("node-1", "cidr=127.0.0.0/8")]}
+    async with target() as echo, tunnel(certs, plane=grants, routes=[parse_route("cidr=127.0.0.0/8")]) as t:
+        (await t.worker.sessions[0].open_tcp("127.0.0.1", echo.port)).reset()
+        (await t.plane.open_tcp("127.0.0.1", echo.port)).reset()
+
+
 async def test_routes_are_claims(certs, log):
     grants = ["node-1=cidr=10.1.0.0/16", ("node-1", parse_route("default"))]
     routes = ["cidr=10.1.2.0/24", "cidr=10.2.0.0/16", "default"]
@@ -329,7 +381,7 @@ async def test_routes_are_claims(certs, log):
 
 
 async def test_a_claim_that_is_no_route(certs, log, monkeypatch):
-    monkeypatch.setattr("konnektor.worker.parse_route", lambda text: text)
+    monkeypatch.setattr("konnektor.worker.as_routes", lambda routes: routes)
     async with tunnel(certs, routes=["nonsense\r\x1b"]) as t:
         assert [session.peer_name for session in t.plane] == ["node-1"]
     (line,) = [line for line in log() if "ignored a claimed route" in line]
@@ -366,6 +418,23 @@ async def test_no_worker_for_the_destination(certs):
     async with tunnel(certs) as t:
         with pytest.raises(kk.NoRouteError):
             await t.plane.open_tcp("10.9.9.9", 80)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "text"),
+    [
+        ("127.0.0.1", 99999, "Tcp.port takes"),
+        ("10.9.9.9", "80", "Tcp.port takes"),
+        ("", 80, "Tcp.host takes"),
+        (None, 80, "Tcp.host takes"),
+        ("127.1", 80, "neither an IP address nor a DNS name"),
+    ],
+)
+async def test_a_destination_that_is_none(certs, host, port, text):
+    async with tunnel(certs) as t:
+        for kwargs in ({}, {"worker": "node-1"}):
+            with pytest.raises(kk.ConfigurationError, match=text):
+                await t.plane.open_tcp(host, port, **kwargs)
 
 
 async def test_a_candidate_that_goes_while_another_is_asked(certs, monkeypatch):
@@ -448,7 +517,7 @@ async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
         kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=2**20)
     async with (
         target() as echo,
-        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory=5 * 2**20) as plane,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits, memory="5MiB") as plane,
         kk.Worker([plane.address], tls=certs.worker("a"), allow=[kk.tcp("127.0.0.1", echo.port)]),
         FaultProxy(plane.address) as proxy,
     ):
@@ -470,6 +539,22 @@ async def test_a_bound_on_the_memory_of_all_sessions(certs, log):
     (line,) = [line for line in log() if line.startswith("refused worker")]
     assert line.startswith("refused worker c at 127.0.0.1:")
     assert line.endswith(": its session would exceed the memory of 5MiB for all")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"memory": "1MiB"}, "memory 1MiB is less than one session"),
+        ({"memory": "much"}, "'much' is not a size; write"),
+        ({"memory": 1.5}, "memory takes bytes or a size, not 1.5: write"),
+        ({"memory": True}, "memory takes bytes or a size, not True: write"),
+        ({"tls": "pki"}, r"tls takes TLSFiles\(...\), not 'pki'"),
+        ({"limits": {"idle_timeout": 60}}, r"limits takes Limits\(...\), not "),
+    ],
+)
+async def test_arguments_of_the_wrong_kind(certs, kwargs, text):
+    with pytest.raises(kk.ConfigurationError, match=text):
+        kk.ControlPlane("127.0.0.1:0", **{"tls": certs.plane, **kwargs})
 
 
 async def test_what_this_side_ends_is_not_told_as_the_peers_doing(certs, log):

@@ -16,6 +16,17 @@ from tests.endpoints.parts import Goodbye, proxied, target, tunnel, until
 from tests.endpoints.test_resume import echoes, going_on, suspended
 
 
+async def test_rules_may_be_text(certs):
+    async with target() as one, target() as two, tunnel(certs, allow=[f"127.0.0.1:{one.port}"]) as t:
+        (await t.session.open_tcp("127.0.0.1", one.port)).reset()
+        t.worker.set_allow([f"127.0.0.1:{two.port}", kk.udp("127.0.0.1", 53)])
+        (await t.session.open_tcp("127.0.0.1", two.port)).reset()
+        for rules in ("127.0.0.1:80", kk.tcp("127.0.0.1", 80), ["127.0.0.1"], [80]):
+            with pytest.raises(kk.ConfigurationError):
+                t.worker.set_allow(rules)
+        (await t.session.open_tcp("127.0.0.1", two.port)).reset()
+
+
 async def ended(stream, error=kk.DeniedError):
     with pytest.raises(error) as caught:
         while True:

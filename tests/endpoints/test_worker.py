@@ -50,11 +50,12 @@ async def test_streams_of_the_worker_that_are_granted(certs):
                 await t.worker.sessions[0].open_tcp("127.0.0.1", unused_port())
 
 
-async def test_a_stream_type_of_ones_own(certs):
-    class Ask(kk.StreamType):
-        name = "ask@test.example"
-        question: str
+class Ask(kk.StreamType):
+    name = "ask@test.example"
+    question: str
 
+
+async def test_a_stream_type_of_ones_own(certs):
     async with tunnel(certs) as t:
 
         async def answer(stream, request):
@@ -67,6 +68,19 @@ async def test_a_stream_type_of_ones_own(certs):
             assert await stream.receive() == b"cp asked why"
         async with await t.worker.sessions[0].open(Ask("how")) as stream:
             assert await stream.receive() == b"node-1 asked how"
+
+
+async def test_a_handler_is_looked_at_where_it_is_given(certs):
+    worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
+    with pytest.raises(kk.ConfigurationError, match="a stream type is"):
+
+        @worker.handle  # without its type
+        async def serve(stream, request): ...
+
+    with pytest.raises(kk.ConfigurationError, match="not a coroutine function"):
+
+        @worker.handle(Ask)
+        def answer(stream, request): ...
 
 
 async def test_what_targets_answer(certs, monkeypatch):
@@ -130,12 +144,26 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
         ({"connect": "127.0.0.1:1"}, "needs a list of control planes"),
         ({"connect": ["127.0.0.1"]}, "lacks a host or a port"),
         ({"connect": ["127.0.0.1:1"], "routes": ["everything"]}, "write host=NAME"),
+        ({"connect": ["127.0.0.1:1"], "routes": "default"}, "routes takes a list, not 'default'"),
+        ({"connect": ["127.0.0.1:1"], "routes": [7]}, "neither text nor a Route"),
+        ({"connect": ["127.0.0.1:1"], "allow": "127.0.0.1:80"}, "allow takes a list, not '127.0.0.1:80': write"),
+        (
+            {"connect": ["127.0.0.1:1"], "allow": kk.tcp("127.0.0.1", 80)},
+            "allow takes a list, not '127.0.0.1:80': write",
+        ),
+        ({"connect": ["127.0.0.1:1"], "allow": ["127.0.0.1"]}, "not HOST:PORTS"),
+        ({"connect": ["127.0.0.1:1"], "allow": [8000]}, "rule 8000 is neither text nor an AllowRule: write"),
+        ({"connect": ["127.0.0.1:1"], "allow": [("127.0.0.1", 80)]}, "neither text nor an AllowRule: write"),
+        ({"connect": ["127.0.0.1:1"], "tls": "pki"}, r"tls takes TLSFiles\(...\), not 'pki'"),
+        ({"connect": ["127.0.0.1:1"], "limits": 60}, r"limits takes Limits\(...\), not 60"),
+        ({"connect": ["127.0.0.1:1"], "priorities": "*:22=bulk"}, "priorities takes a list"),
+        ({"connect": ["127.0.0.1:1"], "priorities": [22]}, "priority 22 is not text: write"),
         ({"connect": ["127.0.0.1:1"], "server_name": "a b"}, "neither an IP address nor a DNS name"),
     ],
 )
 async def test_bad_arguments(certs, kwargs, text):
     with pytest.raises(kk.ConfigurationError, match=text):
-        kk.Worker(**kwargs, tls=certs.worker())
+        kk.Worker(**{"tls": certs.worker(), **kwargs})
 
 
 async def test_a_control_planes_certificate_is_no_workers(certs):
@@ -157,6 +185,9 @@ async def test_starts_once(certs):
 
 async def test_never_started(certs):
     worker = kk.Worker(["127.0.0.1:1"], tls=certs.worker())
+    for use in (worker.wait_connected, worker.wait_closed):
+        with pytest.raises(kk.ConfigurationError, match="the worker was not started: enter it with async with"):
+            await use()
     await worker.aclose()
     await worker.wait_closed()
     assert not worker.sessions and not worker.connected

@@ -15,7 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
-from konnektor.pki import init_ca, issue
+from konnektor.testing import certificates
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PYTHON = [sys.executable, "-W", "error"]  # not "-X dev": asyncio's debug mode would tell on stderr of a slow machine
@@ -78,11 +78,7 @@ def start():
 
 @pytest.fixture
 def pki(tmp_path):
-    init_ca(tmp_path / "pki")
-    issue(tmp_path / "pki", "control-plane", "cp")
-    for name in ("node-1", "node-2"):
-        issue(tmp_path / "pki", "worker", name)
-    return tmp_path / "pki"
+    return certificates(tmp_path / "pki", "node-1", "node-2").ca.parent
 
 
 @pytest.fixture

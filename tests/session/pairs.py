@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.abc
 
-from konnektor import pki, testing
+from konnektor import testing
 from konnektor.session import Session
 from konnektor.stream_types import StreamType
-from konnektor.tls import TLSFiles
 
 BUFFER = 128 * 1024
 DEADLINE = 30.0
@@ -52,11 +51,9 @@ class Authority:
     """Contexts of a worker and a control plane that trust each other."""
 
     def __init__(self, folder):
-        ca = pki.init_ca(folder).cert
-        worker = pki.issue(folder, "worker", "w")
-        plane = pki.issue(folder, "control-plane", "cp")
-        self.client = TLSFiles(ca, worker.cert, worker.key).client_context()
-        self.server = TLSFiles(ca, plane.cert, plane.key).server_context()
+        made = testing.certificates(folder, "w")
+        self.client = made.workers["w"].client_context()
+        self.server = made.control_plane.server_context()
 
 
 def assert_options(sock):

@@ -1,7 +1,9 @@
 """Sessions over real sockets: opening streams and answering, refusing and giving up."""
 
 import asyncio
+import functools
 import logging
+from unittest.mock import AsyncMock
 
 import anyio
 import pytest
@@ -111,13 +113,104 @@ async def test_an_unknown_type_and_a_malformed_header_are_refused(caplog):
     assert "refused a echo@test stream" in caplog.text
 
 
+def plain(stream, request):
+    raise AssertionError
+
+
+async def generates(stream, request):
+    yield stream
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+
+    return wrapper
+
+
+class Service:
+    def plain(self, stream, request):
+        raise AssertionError
+
+    async def serve(self, stream, request):
+        await echo(stream, request)
+
+    async def __call__(self, stream, request):
+        await echo(stream, request)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        plain,
+        generates,
+        functools.partial(plain),
+        decorated(plain),
+        Service().plain,
+        None,
+    ],
+)
+def test_a_handler_that_gives_nothing_to_wait_for_is_refused(handler):
+    with pytest.raises(ConfigurationError, match="handler of Echo is not a coroutine function: write async def"):
+        Handlers().add(Echo, handler)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        functools.partial(echo),
+        decorated(echo),
+        lambda stream, _request: echo(stream, None),
+        Service().serve,
+        Service(),
+        AsyncMock(side_effect=echo),
+    ],
+)
+async def test_handlers_of_every_kind(handler):
+    async with memory_session_pair() as (client, server):
+        server.handlers.add(Echo, handler)
+        async with await client.open(Echo()) as stream:
+            await stream.send(b"hello")
+            assert await stream.receive() == b"hello"
+
+
+async def test_the_class_in_the_place_of_a_request():
+    async with memory_session_pair() as (client, _):
+        with pytest.raises(ConfigurationError, match=r"not the class Echo: write Echo\("):
+            await client.open(Echo)
+        with pytest.raises(ConfigurationError, match="not an instance of Echo"):
+            client.listen(Echo())
+        assert at_rest(client)
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 99999), ("a", "80"), ("", 80), ("127.1", 80), ("a b", 80)])
+async def test_a_malformed_request_does_not_travel(host, port):
+    async with memory_session_pair() as (client, server):
+        server.handlers.add(Tcp, echo)
+        for opening in (
+            client.open_tcp(host, port),
+            client.open_tcp(host, port, early=True),
+            client.open_udp(host, port),
+            client.create_connection(asyncio.Protocol, host, port),
+            client.open(Echo(text=port if isinstance(port, int) else 5)),
+        ):
+            with pytest.raises(ConfigurationError):
+                await opening
+        assert at_rest(client)
+        assert server._mux.admission.retired == 0
+        async with await client.open_tcp("a", 80) as stream:
+            await stream.send_eof()
+
+
 async def test_handlers_are_checked_when_added():
     class Nameless(StreamType):
         pass
 
     handlers = Handlers()
-    with pytest.raises(ConfigurationError):
-        handlers.add(Nameless, echo)
+    for no_type in (Nameless, Echo(), str):
+        with pytest.raises(ConfigurationError):
+            handlers.add(no_type, echo)
     handlers.add(Echo, echo)
     with pytest.raises(LocalProtocolError):
         handlers.add(Echo, echo)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError, DeniedError
-from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp, udp
+from konnektor.policy import AllowList, AllowRule, as_grant_from, parse_allow, parse_grant_from, tcp, udp
 
 
 def allows(rules: str, host: str, port: int, address: str | None = None) -> bool:
@@ -234,3 +235,33 @@ def test_a_rule_for_an_address_opens_it(address: object, port: int) -> None:
     rule = tcp(str(address), port)
     AllowList([rule]).check_name(str(address), port)
     AllowList([parse_allow(str(rule))]).check_name(str(address), port)
+
+
+def test_a_list_may_be_of_rules_and_of_text() -> None:
+    rules = AllowList([tcp("10.0.0.7", 80), "udp:10.0.0.53:53"]).rules
+    assert rules == (tcp("10.0.0.7", 80), udp("10.0.0.53", 53))
+
+
+@pytest.mark.parametrize("rules", ["10.0.0.7:80", tcp("10.0.0.7", 80), 80])
+def test_what_is_no_list_of_rules(rules: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"allow takes a list, not '.*': write"):
+        AllowList(rules)
+
+
+def test_what_is_no_rule() -> None:
+    rules: list[Any] = [tcp("10.0.0.7", 80), 80]
+    with pytest.raises(ConfigurationError, match="rule 80 is neither text nor an AllowRule: write"):
+        AllowList(rules)
+
+
+@pytest.mark.parametrize(
+    "grant", ["node-1=10.0.0.1:6443", ("node-1", "10.0.0.1:6443"), ("node-1", tcp("10.0.0.1", 6443))]
+)
+def test_grants_as_text_and_as_pairs(grant: object) -> None:
+    assert as_grant_from(grant) == ("node-1", tcp("10.0.0.1", 6443))
+
+
+@pytest.mark.parametrize("grant", [tcp("10.0.0.1", 6443), ("node-1",), ("node-1", "h:1", 2), (1, "h:1"), 7])
+def test_what_is_no_grant(grant: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, RULE\): write"):
+        as_grant_from(grant)

@@ -96,3 +96,10 @@ def test_the_first_that_fits_decides():
 def test_only_types_with_a_destination():
     assert Priorities(["*:*=bulk"]).of(Other()) is None
     assert Priorities().of(Tcp("db.example", 80)) is None
+
+
+def test_what_is_no_rule():
+    with pytest.raises(ConfigurationError, match="priority 22 is not text: write"):
+        Priorities([22])
+    with pytest.raises(ConfigurationError, match="priorities takes a list, not '\\*:22=bulk': write"):
+        Priorities("*:22=bulk")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError, NoRouteError
-from konnektor.router import DEFAULT, Route, RouteChoice, Router, granted_routes, parse_grant_route, parse_route
+from konnektor.router import (
+    DEFAULT,
+    Route,
+    RouteChoice,
+    Router,
+    as_grant_route,
+    as_routes,
+    granted_routes,
+    parse_grant_route,
+    parse_route,
+)
 
 
 def routes(text: str) -> list[Route]:
@@ -158,7 +170,7 @@ def test_no_route() -> None:
     for host in ("11.0.0.1", "other", "::1"):
         with pytest.raises(NoRouteError, match="no worker serves"):
             r.choose(host)
-    with pytest.raises(NoRouteError, match="neither"):
+    with pytest.raises(ConfigurationError, match="neither"):
         r.choose("127.1")
 
 
@@ -236,3 +248,23 @@ def test_a_hostile_glob_matches_in_no_time() -> None:
     r = router(a="host=" + "*a" * 100 + "b")
     with pytest.raises(NoRouteError):
         r.choose(".".join(["a" * 60] * 4))
+
+
+def test_routes_may_be_routes_and_text() -> None:
+    assert as_routes([DEFAULT, "host=db"]) == (DEFAULT, Route("db"))
+    unusable: list[Any] = [7]
+    with pytest.raises(ConfigurationError, match="route 7 is neither text nor a Route: write"):
+        as_routes(unusable)
+    with pytest.raises(ConfigurationError, match="routes takes a list, not 'default': write"):
+        as_routes("default")
+
+
+@pytest.mark.parametrize("grant", ["node-1=default", ("node-1", "default"), ("node-1", DEFAULT)])
+def test_grants_as_text_and_as_pairs(grant: object) -> None:
+    assert as_grant_route(grant) == ("node-1", DEFAULT)
+
+
+@pytest.mark.parametrize("grant", [DEFAULT, ("node-1",), (1, "default"), 7])
+def test_what_is_no_grant(grant: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, ROUTE\): write"):
+        as_grant_route(grant)
