@@ -122,6 +122,7 @@ class Mux:
         bytes_received, bytes_sent: on this connection, headers included.
         awake: ``data_to_send`` has more to give.
         resumption: how the session outlives its connection.
+        cut_off: streams that were broken off when the grace of this side's drain was over.
         pause_reading_until: the driver should not read before: the peer sends more tiny frames than are good for others.
     """
 
@@ -152,6 +153,7 @@ class Mux:
         """Our streams whose OPEN is not on the wire."""
         self.control: deque[MuxStream] = deque()
         """Streams that have something to say besides data."""
+        self.cut_off = 0
         self.owed: deque[tuple[int, int]] = deque()
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
         self._owing: list[MuxStream] = []
@@ -517,6 +519,7 @@ class Mux:
                 case Step.LINGER:
                     leaving.linger(now)
                     self.arm(leaving.due)
+                    self.cut_off = sum(any(stream.wanted) for stream in self.streams.values())
                     for stream in list(self.streams.values()):
                         code = Code.LIMIT if stream.sending is SENDING_UNDECIDED else Code.CANCELLED
                         stream.break_off(ShutdownError("the session was drained"), code)

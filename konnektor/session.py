@@ -29,7 +29,6 @@ from konnektor.errors import (
     describe,
 )
 from konnektor.frames import Feature, Resume
-from konnektor.grace import Grace
 from konnektor.handlers import Handlers
 from konnektor.handshake import explain
 from konnektor.limits import Limits
@@ -152,7 +151,6 @@ class Session:
         self._classify = classify
         self._serving = Serving(self, classify)
         self._continuity = Continuity(self, find_session)
-        self._grace = Grace(self)
         self.resumed_session: Session | None = None
         self.on_goaway: Callable[[Session], None] | None = None
         self.on_suspended: Callable[[Session], None] | None = None
@@ -494,7 +492,6 @@ class Session:
 
     def start_drain(self, grace: float, reason: str = "") -> None:
         """As ``drain``, without waiting."""
-        self._grace.begin(grace)
         self._mux.drain(grace, clock(), reason=reason)
 
     def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
@@ -622,6 +619,9 @@ class Session:
                 self.log.warning("ended the session with %s, which sent too many %s: %s", who, error.limit, error)
             elif not self._closed_here:
                 self.log.warning("%s ended the session, because this side exceeded a limit: %s", who, error)
+        if count := self._mux.cut_off:
+            streams = "1 stream" if count == 1 else f"{count} streams"
+            self.log.warning("the grace is over: cut off %s with %s", streams, self._peer())
         if not self._hello.done():
             self._hello.set_result(None)
         for futures in self._pings.values():
@@ -633,7 +633,6 @@ class Session:
         for task in self._tasks:
             task.cancel()
         self._alarm.stop()
-        self._grace.ended()
         self._continuity.ended(error)
         if self._driver.transport is None:
             self._finish()
