@@ -38,6 +38,7 @@ from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp
+from konnektor.subscription import Subscription
 from konnektor.tls import Role, TLSFiles, peer_identity
 
 __all__ = ["ControlPlane", "WorkerConnected", "WorkerDisconnected", "WorkerEvent", "WorkerSnapshot"]
@@ -168,7 +169,7 @@ class ControlPlane(Endpoint):
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
-        self._subscribers: set[asyncio.Queue[WorkerEvent]] = set()
+        self._subscribers: set[Subscription[WorkerEvent]] = set()
 
     def set_grants(
         self,
@@ -230,6 +231,7 @@ class ControlPlane(Endpoint):
         if not drain:
             self._clients.abort()
         super()._leave(drain=drain)
+        self._end_events()
 
     def _drop(self) -> None:
         super()._drop()
@@ -270,25 +272,28 @@ class ControlPlane(Endpoint):
     async def events(self) -> AsyncIterator[AsyncIterator[WorkerEvent]]:
         """``async with cp.events() as events: async for event in events``: workers that come and go.
 
-        A subscriber that falls 1,024 events behind misses the oldest.
+        The iteration ends with the context, and once the control plane is closed or drained and the last worker has
+        gone. Cancelling ``anext(events)``, as by a timeout, loses nothing. A subscriber that falls 1,024 events behind
+        misses the oldest.
 
         Raises:
             ConfigurationError: the control plane was not started.
         """
         self._check_started()
-        queue: asyncio.Queue[WorkerEvent] = asyncio.Queue(EVENTS)
-        self._subscribers.add(queue)
-
-        async def iterate() -> AsyncIterator[WorkerEvent]:
-            while True:
-                yield await queue.get()
-
-        iterator = iterate()
+        events = Subscription[WorkerEvent](EVENTS)
+        self._subscribers.add(events)
+        self._end_events()
         try:
-            yield iterator
+            yield events
         finally:
-            self._subscribers.discard(queue)
-            await iterator.aclose()  # type: ignore[attr-defined]
+            self._subscribers.discard(events)
+            events.end()
+
+    def _end_events(self) -> None:
+        """If no worker will come or go any more."""
+        if self._leaving and not self._live:
+            for events in self._subscribers:
+                events.end()
 
     def snapshot(self) -> list[WorkerSnapshot]:
         """Every connected worker as it is now."""
@@ -594,12 +599,11 @@ class ControlPlane(Endpoint):
     async def _see_out(self, session: Session) -> None:
         await session.wait_closed()
         self._live.discard(session)
+        self._end_events()
 
     def _publish(self, event: WorkerEvent) -> None:
-        for queue in self._subscribers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
+        for events in self._subscribers:
+            events.publish(event)
         self._changes.notify()
 
 

@@ -579,6 +579,58 @@ async def test_a_subscriber_that_falls_behind_misses_the_oldest(certs, monkeypat
         assert await anext(events) == kk.WorkerDisconnected("node-1", session)
 
 
+async def test_a_subscriber_that_waits_for_so_long_only(certs):
+    """A timeout around one event takes none of those that come later."""
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, plane.events() as events:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(events)
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        async with kk.Worker([plane.address], tls=certs.worker()):
+            session = await plane.wait_for("node-1")
+            assert await waiting == kk.WorkerConnected("node-1", session)
+            waiting = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)
+            session.close(kk.Code.SHUTDOWN, "")
+            waiting.cancel()  # just as there is an event
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert await anext(events) == kk.WorkerDisconnected("node-1", session)
+
+
+async def seen(events):
+    return [type(event) async for event in events]
+
+
+async def test_events_end_with_their_context(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with plane.events() as events:
+            iterating = [asyncio.create_task(seen(events)) for _ in range(2)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*iterating) == [[], []]
+
+
+@pytest.mark.parametrize("drain", [False, True])
+async def test_events_end_with_the_control_plane(certs, drain):
+    """After the last worker, whose going is an event, too; also for who asks later."""
+    async with tunnel(certs) as t, t.plane.events() as events:
+        iterating = asyncio.create_task(seen(events))
+        await asyncio.sleep(0)
+        await (t.plane.drain(1) if drain else t.plane.aclose())
+        assert await iterating == [kk.WorkerDisconnected]
+        async with t.plane.events() as late:
+            assert await seen(late) == []
+
+
+async def test_events_end_though_closing_is_cancelled(certs):
+    async with tunnel(certs) as t, t.plane.events() as events:
+        closing = asyncio.create_task(t.plane.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        assert await seen(events) == [kk.WorkerDisconnected]
+
+
 # Forwards
 
 
