@@ -163,6 +163,8 @@ class ControlPlane(Endpoint):
         self._workers: dict[str, Session] = {}
         self._of: dict[str, list[Session]] = {}
         """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
+        self._claims: dict[Session, tuple[Route, ...]] = {}
+        """Which routes of each of these sessions count now."""
         self._router = Router(load=self._load)
         self._routed: dict[Session, dict[MuxStream, str]] = {}
         """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
@@ -189,17 +191,24 @@ class ControlPlane(Endpoint):
         grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
         allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
         self._grants, self._allowed = grants, allowed
+        before, self._claims = self._claims, {session: self._granted(session) for session in self._claims}
         for name, session in self._workers.items():
-            self._router.set_routes(name, self._granted(session))
-        for session, routed in list(self._routed.items()):
-            for stream, host in list(routed.items()):
-                if not stream.forgotten and not self._serves(session, host):
-                    logger.warning(
-                        "ended a stream to %s: worker %s has no route for it any more",
-                        host, session.peer_name, extra=_about(session),
-                    )  # fmt: skip
-                    stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
+            self._router.set_routes(name, self._claims[session])
+        for session in [one for one in self._routed if not set(before[one]) <= set(self._claims[one])]:
+            self._judge(session)
         self._targets.judge()
+
+    def _judge(self, session: Session) -> None:
+        """The worker has lost a route: streams that no other one is for end."""
+        routed = self._routed.get(session, {})
+        withdrawn = {host for host in set(routed.values()) if not self._serves(session, host)}
+        for stream, host in list(routed.items()):
+            if host in withdrawn and not stream.forgotten:
+                logger.warning(
+                    "ended a stream to %s: worker %s has no route for it any more",
+                    host, session.peer_name, extra=_about(session),
+                )  # fmt: skip
+                stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
 
     # Life
 
@@ -368,7 +377,7 @@ class ControlPlane(Endpoint):
         destination = parse_host(host)
         if not isinstance(destination, str):
             destination = unwrap(destination)
-        return any(route.matches(destination) for route in self._granted(session))
+        return any(route.matches(destination) for route in self._claims.get(session, ()))
 
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
@@ -523,7 +532,8 @@ class ControlPlane(Endpoint):
         self._workers[name] = session
         self._of.setdefault(name, []).append(session)
         self._granted_memory += self.limits.session_memory
-        self._router.set_routes(name, self._granted(session, tell=True))
+        self._claims[session] = self._granted(session, tell=True)
+        self._router.set_routes(name, self._claims[session])
         session.on_goaway = self._remove
         session.on_ended = self._gone
         session.on_suspended = self._suspended
@@ -586,6 +596,7 @@ class ControlPlane(Endpoint):
         self._remove(session)
         self._resumable.pop(session.session_id, None)
         self._routed.pop(session, None)
+        self._claims.pop(session, None)
         self._granted_memory -= self.limits.session_memory
         of_name = self._of[session.peer_name]
         of_name.remove(session)

@@ -204,11 +204,14 @@ def granted_routes(
         own = [parse_route(f"host={name}")]
     except ConfigurationError:  # a good name for a worker is not always one for a host: "42"
         own = []
-    allowed = own + [route for owner, route in grants if owner == name]
-    claims = dict.fromkeys(claims)  # each once, in order
-    counted = [claim for claim in claims if any(grant.covers(claim) for grant in allowed)]
-    ignored = [claim for claim in claims if claim not in counted]
-    return tuple(dict.fromkeys(own + counted)), tuple(ignored)
+    # Each once, in order, and looked up: a worker may claim hundreds, and hold a grant for each.
+    allowed = dict.fromkeys(own + [route for owner, route in grants if owner == name])
+    claims = dict.fromkeys(claims)
+    counted = dict.fromkeys(own)
+    for claim in claims:
+        if claim in allowed or any(grant.covers(claim) for grant in allowed):
+            counted[claim] = None
+    return tuple(counted), tuple(claim for claim in claims if claim not in counted)
 
 
 class Router:
