@@ -166,6 +166,7 @@ class ControlPlane(Endpoint):
         self._claims: dict[Session, tuple[Route, ...]] = {}
         """Which routes of each of these sessions count now."""
         self._router = Router(load=self._load)
+        self._know_named()
         self._routed: dict[Session, dict[MuxStream, str]] = {}
         """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
         self._acceptors: list[Acceptor] = []
@@ -191,12 +192,18 @@ class ControlPlane(Endpoint):
         grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
         allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
         self._grants, self._allowed = grants, allowed
+        self._know_named()
         before, self._claims = self._claims, {session: self._granted(session) for session in self._claims}
         for name, session in self._workers.items():
             self._router.set_routes(name, self._claims[session])
         for session in [one for one in self._routed if not set(before[one]) <= set(self._claims[one])]:
             self._judge(session)
         self._targets.judge()
+
+    def _know_named(self) -> None:
+        """Whom the operator names there is, though it may have to connect yet."""
+        for name in {name for name, _ in self._grants} | self._allowed.keys():
+            self._router.know(name)
 
     def _judge(self, session: Session) -> None:
         """The worker has lost a route: streams that no other one is for end."""
@@ -392,7 +399,10 @@ class ControlPlane(Endpoint):
             ListenError: the address cannot be had.
         """
         self._check_started()
-        return await self._clients.add_forward(parse_forward(forward) if isinstance(forward, str) else forward)
+        if isinstance(forward, str):
+            forward = parse_forward(forward)
+        self._router.know(forward.worker)
+        return await self._clients.add_forward(forward)
 
     async def add_frontend(self, frontend: str | Frontend) -> str:
         """Serves HTTP CONNECT. Returns the address or path as bound.

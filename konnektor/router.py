@@ -2,7 +2,11 @@
 
 A destination's worker is, in this order:
 
-1. the one its name says: ``HOST.WORKER.konnektor.internal`` (the suffix is stripped before the worker sees it);
+1. the one its name says: ``HOST.WORKER.konnektor.internal`` (the suffix is stripped before the worker sees it). Both
+   halves may contain dots, so the longest known name that leaves a usable host is the worker, whether it is connected
+   or not: with workers ``b.c`` and ``c``, ``a.b.c`` is ``a`` at ``b.c``, and nowhere while that one is away. Known is
+   who was connected since the start, and who is named by a grant or a forward (``Router.know``). After a restart a
+   worker that nothing names is unknown until it has connected once: one whose name ends in another's wants a grant;
 2. the one the ``Konnektor-Worker`` header says;
 3. one that holds the most specific route: exact host, then the longest CIDR, then the glob with most literal
    characters;
@@ -225,12 +229,20 @@ class Router:
         self._load = load
         self._routes: dict[str, tuple[Route, ...]] = {}
         self._holders: dict[Route, list[str]] = {}
+        self._dotted: set[str] = set()
+        """Known names that may end in another's. They come from certificates and the operator: as many as there are."""
         # What a lookup walks, most specific first: prefix lengths, and globs by their literal characters.
         self._prefixes: list[tuple[int, int]] = []
         self._globs: list[tuple[int, str]] = []
 
+    def know(self, worker: str) -> None:
+        """There is such a worker, connected or not: what its name may stand for is not another's meanwhile."""
+        if "." in worker:
+            self._dotted.add(worker)
+
     def set_routes(self, worker: str, routes: Iterable[Route]) -> None:
         """The worker is connected and serves exactly these routes (granted ones: see ``granted_routes``)."""
+        self.know(worker)
         self.remove(worker)
         self._routes[worker] = tuple(dict.fromkeys(routes))
         for route in self._routes[worker]:
@@ -288,15 +300,19 @@ class Router:
         return [RouteChoice(worker, host) for worker in best_first]
 
     def _by_suffix(self, rest: str) -> RouteChoice:
-        """Both halves may contain dots: the longest connected name that leaves a usable host is the worker."""
+        """The longest known name that leaves a usable host is the worker."""
         dot = rest.find(".")
         while dot >= 0:
             host, worker = rest[:dot], rest[dot + 1 :]
-            if worker in self._routes:
+            if worker in self._routes or worker in self._dotted:
                 try:
-                    return RouteChoice(worker, str(parse_host(host)))
+                    choice = RouteChoice(worker, str(parse_host(host)))
                 except ConfigurationError:
                     pass
+                else:
+                    if worker in self._routes:
+                        return choice
+                    raise NoRouteError(f"{quote(rest + SUFFIX)} names worker {worker}, which is not connected")
             dot = rest.find(".", dot + 1)
         if rest in self._routes:
             raise NoRouteError(f"{quote(rest + SUFFIX)} names a worker but no host: write HOST.{rest}{SUFFIX}")

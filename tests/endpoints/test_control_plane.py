@@ -437,6 +437,18 @@ async def test_a_destination_that_is_none(certs, host, port, text):
                 await t.plane.open_tcp(host, port, **kwargs)
 
 
+async def test_a_name_that_is_for_a_worker_that_has_not_connected_yet(certs):
+    """Whom a grant or a forward names there is: nobody else gets what is meant for it."""
+    async with target() as echo, tunnel(certs, plane={"grant_routes": ["a.node-1=default"]}) as t:
+        t.plane.set_grants(grant_routes=[], allow_from=["b.node-1=127.0.0.1:1"])
+        await t.plane.add_forward("127.0.0.1:0=c.node-1/127.0.0.1:1")
+        for name in ("a", "b", "c"):
+            with pytest.raises(kk.NoRouteError, match=f"names worker {name}.node-1, which is not connected"):
+                await t.plane.open_tcp(f"localhost.{name}.node-1.konnektor.internal", echo.port)
+        async with await t.plane.open_tcp("127.0.0.1.node-1.konnektor.internal", echo.port):
+            pass
+
+
 async def test_a_candidate_that_goes_while_another_is_asked(certs, monkeypatch):
     async with tunnel(certs) as t:
         choices = t.plane._router.candidates("node-1")

@@ -196,6 +196,28 @@ def test_suffix_names_the_worker_before_the_header() -> None:
         assert r.candidates(host, "other") == [choice]
 
 
+def test_what_names_one_worker_is_no_name_at_another_while_that_one_is_away() -> None:
+    """``a.b`` at ``c`` is another place than ``a`` at ``b.c``."""
+    r = router(c="")
+    assert r.choose("a.b.c.konnektor.internal") == RouteChoice("c", "a.b")  # nobody has heard of b.c
+    r.set_routes("b.c", ())
+    for _ in range(2):
+        assert r.choose("a.b.c.konnektor.internal") == RouteChoice("b.c", "a")
+        r.remove("b.c")
+        with pytest.raises(NoRouteError, match=r"names worker b\.c, which is not connected"):
+            r.choose("a.b.c.konnektor.internal")
+        r.set_routes("b.c", ())
+    r.remove("b.c")
+    assert r.choose("b.c.konnektor.internal") == RouteChoice("c", "b")
+    assert r.choose("10.0.0.7.c.konnektor.internal") == RouteChoice("c", "10.0.0.7")
+    r.know("7.c")  # leaves no usable host
+    assert r.choose("10.0.0.7.c.konnektor.internal") == RouteChoice("c", "10.0.0.7")
+    r.know("y.c")
+    r.know("c")
+    with pytest.raises(NoRouteError, match=r"names worker y\.c"):
+        r.choose("x.y.c.konnektor.internal")
+
+
 @pytest.mark.parametrize(
     ("host", "says"),
     [
