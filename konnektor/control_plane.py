@@ -397,6 +397,7 @@ class ControlPlane(Endpoint):
         Raises:
             ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
+            SessionClosedError: the control plane is closed or drains.
         """
         self._check_started()
         if isinstance(forward, str):
@@ -414,6 +415,7 @@ class ControlPlane(Endpoint):
         Raises:
             ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
+            SessionClosedError: the control plane is closed or drains.
             CertificateError: the files of an https frontend cannot be used.
         """
         self._check_started()

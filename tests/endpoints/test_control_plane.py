@@ -11,10 +11,12 @@ import pytest
 
 import konnektor as kk
 import konnektor.control_plane
+import konnektor.frontends.clients
 import konnektor.worker
 from konnektor.addresses import parse_forward, parse_hostport
 from konnektor.dial import dial
 from konnektor.frames import HEADER
+from konnektor.frontends.udp_forward import UdpForward
 from konnektor.router import parse_route
 from konnektor.settings import Settings
 from konnektor.testing import FaultProxy
@@ -707,6 +709,59 @@ async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):
             await plane.add_frontend("ftp://x")
         with pytest.raises(kk.ConfigurationError):
             await plane.add_forward("x")
+
+
+def add(plane, kind, folder):
+    match kind:
+        case "forward":
+            return plane.add_forward("127.0.0.1:0=node-1/127.0.0.1:1")
+        case "udp":
+            return plane.add_forward("udp:127.0.0.1:0=node-1/127.0.0.1:1")
+        case "http":
+            return plane.add_frontend("http://127.0.0.1:0")
+        case _:
+            return plane.add_frontend(f"http+unix://{folder}/x.sock")
+
+
+@pytest.mark.parametrize("kind", ["forward", "udp", "http", "http+unix"])
+async def test_nothing_listens_after_the_end(certs, tmp_path, kind):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        pass
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        await add(plane, kind, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "bind"), [("forward", "bind_tcp"), ("udp", "bind_udp"), ("http", "bind_tcp")])
+async def test_the_end_comes_while_an_address_is_looked_up(certs, tmp_path, monkeypatch, kind, bind):
+    bind_now = getattr(konnektor.frontends.clients, bind)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+
+        async def bind_late(*where):
+            await plane.aclose()
+            return await bind_now(*where)
+
+        monkeypatch.setattr(f"konnektor.frontends.clients.{bind}", bind_late)
+        with pytest.raises(kk.SessionClosedError):
+            await add(plane, kind, tmp_path)
+
+
+async def test_the_end_comes_while_a_udp_socket_is_opened(certs, tmp_path, monkeypatch):
+    """It cannot be closed before it is open, and then nobody else closes it: closing waited for ever."""
+    open_ = UdpForward.open
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+
+        async def opened_late(forward):
+            nonlocal closing
+            closing = asyncio.create_task(plane.aclose())
+            await asyncio.sleep(0)
+            await open_(forward)
+
+        monkeypatch.setattr(UdpForward, "open", opened_late)
+        closing = None
+        with pytest.raises(kk.SessionClosedError):
+            await add(plane, "udp", tmp_path)
+        await closing
 
 
 # The end
