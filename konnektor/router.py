@@ -95,9 +95,13 @@ class Route:
         if mine is None or theirs is None:
             return False
         if isinstance(mine, str):
-            return (
-                isinstance(theirs, str) and self.glob is not None and other.glob is None and fnmatchcase(theirs, mine)
-            )
+            if not isinstance(theirs, str) or self.glob is None:
+                return False
+            if other.glob is None:
+                return fnmatchcase(theirs, mine)
+            # Of two globs this much is plain: names that end so, with more conditions, are some of those that end so.
+            end = mine[1:]
+            return mine[0] == "*" and Route(end).glob is None and theirs.endswith(end)
         return (
             not isinstance(theirs, str)
             and mine.version == theirs.version

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError, NoRouteError
@@ -86,7 +89,16 @@ def test_grant_route() -> None:
         ("host=*.a", "host=x.a", True),
         ("host=*.a", "host=a", False),
         ("host=*.a", "host=*.a", True),
-        ("host=*", "host=*.a", False),
+        ("host=*", "host=*.a", True),
+        ("host=*.a", "host=*.b.a", True),
+        ("host=*.a", "host=x?-*.a", True),
+        ("host=*.b.a", "host=*.a", False),
+        ("host=*.a", "host=*a", False),
+        ("host=*.a", "host=*.a*", False),
+        ("host=*.a", "host=*.?", False),
+        ("host=?.a", "host=*.b.a", False),
+        ("host=*.?.a", "host=*.b.?.a", False),  # it is, and not seen
+        ("host=b.a", "host=*.a", False),
         ("host=*", "cidr=10.0.0.0/8", False),
         ("cidr=10.0.0.0/8", "cidr=10.1.0.0/16", True),
         ("cidr=10.0.0.0/8", "host=10.0.0.7", True),
@@ -98,6 +110,15 @@ def test_grant_route() -> None:
 )
 def test_grants_cover(grant: str, claim: str, covered: bool) -> None:
     assert parse_route(grant).covers(parse_route(claim)) is covered
+
+
+NAMES = ["".join(letters) for length in range(1, 6) for letters in product("ab.", repeat=length)]
+
+
+@given(st.text("ab.*?", min_size=1, max_size=4), st.text("ab.*?", min_size=1, max_size=4))
+def test_what_a_grant_covers_is_a_part_of_it(grant: str, claim: str) -> None:
+    if Route(grant).covers(Route(claim)):
+        assert all(Route(grant).matches(name) for name in NAMES if Route(claim).matches(name))
 
 
 @pytest.mark.parametrize(
