@@ -38,6 +38,7 @@ from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp
+from konnektor.subscription import Subscription
 from konnektor.tls import Role, TLSFiles, peer_identity
 
 __all__ = ["ControlPlane", "WorkerConnected", "WorkerDisconnected", "WorkerEvent", "WorkerSnapshot"]
@@ -162,13 +163,16 @@ class ControlPlane(Endpoint):
         self._workers: dict[str, Session] = {}
         self._of: dict[str, list[Session]] = {}
         """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
+        self._claims: dict[Session, tuple[Route, ...]] = {}
+        """Which routes of each of these sessions count now."""
         self._router = Router(load=self._load)
+        self._know_named()
         self._routed: dict[Session, dict[MuxStream, str]] = {}
         """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
         self._acceptors: list[Acceptor] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
-        self._subscribers: set[asyncio.Queue[WorkerEvent]] = set()
+        self._subscribers: set[Subscription[WorkerEvent]] = set()
 
     def set_grants(
         self,
@@ -188,17 +192,30 @@ class ControlPlane(Endpoint):
         grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
         allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
         self._grants, self._allowed = grants, allowed
+        self._know_named()
+        before, self._claims = self._claims, {session: self._granted(session) for session in self._claims}
         for name, session in self._workers.items():
-            self._router.set_routes(name, self._granted(session))
-        for session, routed in list(self._routed.items()):
-            for stream, host in list(routed.items()):
-                if not stream.forgotten and not self._serves(session, host):
-                    logger.warning(
-                        "ended a stream to %s: worker %s has no route for it any more",
-                        host, session.peer_name, extra=_about(session),
-                    )  # fmt: skip
-                    stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
+            self._router.set_routes(name, self._claims[session])
+        for session in [one for one in self._routed if not set(before[one]) <= set(self._claims[one])]:
+            self._judge(session)
         self._targets.judge()
+
+    def _know_named(self) -> None:
+        """Whom the operator names there is, though it may have to connect yet."""
+        for name in {name for name, _ in self._grants} | self._allowed.keys():
+            self._router.know(name)
+
+    def _judge(self, session: Session) -> None:
+        """The worker has lost a route: streams that no other one is for end."""
+        routed = self._routed.get(session, {})
+        withdrawn = {host for host in set(routed.values()) if not self._serves(session, host)}
+        for stream, host in list(routed.items()):
+            if host in withdrawn and not stream.forgotten:
+                logger.warning(
+                    "ended a stream to %s: worker %s has no route for it any more",
+                    host, session.peer_name, extra=_about(session),
+                )  # fmt: skip
+                stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
 
     # Life
 
@@ -230,6 +247,7 @@ class ControlPlane(Endpoint):
         if not drain:
             self._clients.abort()
         super()._leave(drain=drain)
+        self._end_events()
 
     def _drop(self) -> None:
         super()._drop()
@@ -270,25 +288,28 @@ class ControlPlane(Endpoint):
     async def events(self) -> AsyncIterator[AsyncIterator[WorkerEvent]]:
         """``async with cp.events() as events: async for event in events``: workers that come and go.
 
-        A subscriber that falls 1,024 events behind misses the oldest.
+        The iteration ends with the context, and once the control plane is closed or drained and the last worker has
+        gone. Cancelling ``anext(events)``, as by a timeout, loses nothing. A subscriber that falls 1,024 events behind
+        misses the oldest.
 
         Raises:
             ConfigurationError: the control plane was not started.
         """
         self._check_started()
-        queue: asyncio.Queue[WorkerEvent] = asyncio.Queue(EVENTS)
-        self._subscribers.add(queue)
-
-        async def iterate() -> AsyncIterator[WorkerEvent]:
-            while True:
-                yield await queue.get()
-
-        iterator = iterate()
+        events = Subscription[WorkerEvent](EVENTS)
+        self._subscribers.add(events)
+        self._end_events()
         try:
-            yield iterator
+            yield events
         finally:
-            self._subscribers.discard(queue)
-            await iterator.aclose()  # type: ignore[attr-defined]
+            self._subscribers.discard(events)
+            events.end()
+
+    def _end_events(self) -> None:
+        """If no worker will come or go any more."""
+        if self._leaving and not self._live:
+            for events in self._subscribers:
+                events.end()
 
     def snapshot(self) -> list[WorkerSnapshot]:
         """Every connected worker as it is now."""
@@ -363,7 +384,7 @@ class ControlPlane(Endpoint):
         destination = parse_host(host)
         if not isinstance(destination, str):
             destination = unwrap(destination)
-        return any(route.matches(destination) for route in self._granted(session))
+        return any(route.matches(destination) for route in self._claims.get(session, ()))
 
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
@@ -376,9 +397,13 @@ class ControlPlane(Endpoint):
         Raises:
             ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
+            SessionClosedError: the control plane is closed or drains.
         """
         self._check_started()
-        return await self._clients.add_forward(parse_forward(forward) if isinstance(forward, str) else forward)
+        if isinstance(forward, str):
+            forward = parse_forward(forward)
+        self._router.know(forward.worker)
+        return await self._clients.add_forward(forward)
 
     async def add_frontend(self, frontend: str | Frontend) -> str:
         """Serves HTTP CONNECT. Returns the address or path as bound.
@@ -390,6 +415,7 @@ class ControlPlane(Endpoint):
         Raises:
             ConfigurationError: it is not one, or the control plane was not started.
             ListenError: the address cannot be had.
+            SessionClosedError: the control plane is closed or drains.
             CertificateError: the files of an https frontend cannot be used.
         """
         self._check_started()
@@ -518,7 +544,8 @@ class ControlPlane(Endpoint):
         self._workers[name] = session
         self._of.setdefault(name, []).append(session)
         self._granted_memory += self.limits.session_memory
-        self._router.set_routes(name, self._granted(session, tell=True))
+        self._claims[session] = self._granted(session, tell=True)
+        self._router.set_routes(name, self._claims[session])
         session.on_goaway = self._remove
         session.on_ended = self._gone
         session.on_suspended = self._suspended
@@ -581,6 +608,7 @@ class ControlPlane(Endpoint):
         self._remove(session)
         self._resumable.pop(session.session_id, None)
         self._routed.pop(session, None)
+        self._claims.pop(session, None)
         self._granted_memory -= self.limits.session_memory
         of_name = self._of[session.peer_name]
         of_name.remove(session)
@@ -594,12 +622,11 @@ class ControlPlane(Endpoint):
     async def _see_out(self, session: Session) -> None:
         await session.wait_closed()
         self._live.discard(session)
+        self._end_events()
 
     def _publish(self, event: WorkerEvent) -> None:
-        for queue in self._subscribers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(event)
+        for events in self._subscribers:
+            events.publish(event)
         self._changes.notify()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import anyio
 import anyio.abc
 
+from konnektor.changes import Changes
 from konnektor.errors import Code, PeerError
 from konnektor.handlers import Entry
 from konnektor.stream import Stream
@@ -23,6 +24,17 @@ __all__ = ["StreamListener"]
 T = TypeVar("T", bound=StreamType)
 
 
+class _Offer:
+    """A stream that the peer has opened, until somebody has served it."""
+
+    __slots__ = ("done", "stream", "taken")
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.taken = False
+        self.done = anyio.Event()
+
+
 class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
     """An anyio listener for one session's streams of one type; made by ``Session.listen``.
 
@@ -32,17 +44,23 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
     def __init__(self, session: Session, request: type[T]) -> None:
         self._session = session
         self._name = request.name
-        self._put, self._get = anyio.create_memory_object_stream[tuple[Stream, anyio.Event]]()
+        self._offers: deque[_Offer] = deque()
+        self._changes = Changes()
+        self._closed = False
         self.entry: Final = Entry(request, self._take)
 
     async def _take(self, stream: Stream, _request: T) -> None:
-        done = anyio.Event()
-        try:
-            await self._put.send((stream, done))
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError):
+        offer = _Offer(stream)
+        if not self._closed:
+            self._offers.append(offer)
+            self._changes.notify()
+            try:
+                await offer.done.wait()
+            finally:
+                if not offer.taken and not self._closed:
+                    self._offers.remove(offer)  # the opener gave up
+        if not offer.taken:
             await stream.reject(Code.UNSUPPORTED, "no longer served")
-        else:
-            await done.wait()
 
     async def serve(self, handler: Callable[[Stream], Any], task_group: anyio.abc.TaskGroup | None = None) -> None:
         """Accepts every stream of the type and runs ``handler(stream)`` for it.
@@ -54,7 +72,9 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
             task_group: runs the handlers; one of its own if None.
         """
 
-        async def run(stream: Stream, done: anyio.Event) -> None:
+        async def run(offer: _Offer, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+            task_status.started()
+            stream = offer.stream
             try:
                 try:
                     await stream.accept()
@@ -67,23 +87,35 @@ class StreamListener(anyio.abc.Listener[Stream], Generic[T]):
                 stream.reset()
                 raise
             finally:
-                done.set()
+                offer.done.set()
 
         async with AsyncExitStack() as stack:
             group = task_group
             if group is None:
                 group = await stack.enter_async_context(anyio.create_task_group())
-            with contextlib.suppress(anyio.ClosedResourceError):
-                async for stream, done in self._get:
-                    group.start_soon(run, stream, done)
+            while True:
+                await self._changes.wait_for(lambda: self._offers or self._closed)
+                if self._closed:
+                    return
+                # Nothing awaits from here to where the stream is somebody's: cancelled in between, it would be lost.
+                offer = self._offers.popleft()
+                offer.taken = True
+                try:
+                    await group.start(run, offer)
+                except BaseException:  # perhaps before the first step of its task, which then does nothing at all
+                    offer.stream.reset()
+                    offer.done.set()
+                    raise
 
     def close(self) -> None:
         """``aclose`` for callers that are not coroutines."""
         listeners = self._session._serving.listeners
         if listeners.get(self._name) is self:
             del listeners[self._name]
-        self._put.close()
-        self._get.close()
+        self._closed = True
+        while self._offers:
+            self._offers.popleft().done.set()
+        self._changes.notify()
 
     async def aclose(self) -> None:
         """Serves the type no more; streams that are open go on."""

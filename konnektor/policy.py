@@ -56,7 +56,10 @@ _SPECIAL_V6: Final = (
     ("::/128", "unspecified"),
     ("::1/128", "loopback"),
     ("::/96", "IPv4-compatible"),  # deprecated by RFC 4291 section 2.5.5.1
+    ("64:ff9b:1::/48", "local-use NAT64"),  # RFC 8215: where the IPv4 address is in it, only its translator knows
+    ("2001::/32", "Teredo"),  # RFC 4380: two IPv4 addresses, of which one is disguised
     ("fe80::/10", "link-local"),
+    ("fec0::/10", "site-local"),  # deprecated by RFC 3879
     ("fd00:ec2::254/128", "cloud metadata"),
     ("fd20:ce::254/128", "cloud metadata"),
     ("ff00::/8", "multicast"),
@@ -70,8 +73,10 @@ def _special_ranges() -> tuple[tuple[IPNetwork, str], ...]:
         embedded, length = int(network.network_address), network.prefixlen
         ranges += [
             (network, kind),
-            # The same hosts seen through a translator: NAT64 (RFC 6052) and 6to4 (RFC 3056).
+            # The same hosts seen through a translator: NAT64 (RFC 6052), IPv4-translated (RFC 2765 section 2.1) and
+            # 6to4 (RFC 3056).
             (IPv6Network((0x64FF9B << 96 | embedded, 96 + length)), kind),
+            (IPv6Network((0xFFFF << 48 | embedded, 96 + length)), kind),
             (IPv6Network((0x2002 << 112 | embedded << 80, 16 + length)), kind),
         ]
     ranges.sort(key=lambda item: item[0].prefixlen, reverse=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import ssl
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +21,8 @@ __all__ = ["ReloadingContext"]
 
 DAY: Final = 86_400.0
 """Seconds between two looks at the files, and two warnings."""
+RETRY: Final = 2.0
+"""Seconds until files that could not be used are tried again, though they are the same."""
 SOON: Final = timedelta(days=30)
 """How long before a certificate expires its owner is warned; if its whole life is shorter than 90 days, a third of it."""
 
@@ -46,29 +50,48 @@ class ReloadingContext:
         self._stamp = self._look()
         self._context, self._ends, self._warned_from = self._load()
         self._warn()
+        self._failed: tuple[tuple[int, ...], ...] | None = None
+        """The stamp of the files that could not be used when they were last tried."""
+        self._retry_at = -math.inf
+        self._told: set[str] = set()
 
-    def _look(self) -> tuple[tuple[int, int, int], ...] | None:
+    def _look(self) -> tuple[tuple[int, ...], ...] | None:
         try:
             stats = [path.stat() for path in self._paths]
         except OSError:
             return None
-        return tuple([(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats])
+        # ctime is what chmod changes, and a file that is given an older mtime.
+        return tuple([(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for stat in stats])
 
     def get(self) -> ssl.SSLContext:
-        """The context for the next connection. Files that went bad are logged once; the last good ones go on serving."""
+        """The context for the next connection. Files that went bad are logged once; the last good ones go on serving.
+
+        They are tried again meanwhile: it may have been the clock, or that descriptors had run out.
+        """
         stamp = self._look()
-        if stamp != self._stamp:
-            self._stamp = stamp
-            try:
-                self._context, self._ends, self._warned_from = self._load()
-            except (CertificateError, ConfigurationError) as error:
+        if stamp != self._stamp and (stamp != self._failed or time.monotonic() >= self._retry_at):
+            self._renew(stamp)
+        return self._context
+
+    def _renew(self, stamp: tuple[tuple[int, ...], ...] | None) -> None:
+        try:
+            self._context, self._ends, self._warned_from = self._load()
+        except (CertificateError, ConfigurationError) as error:
+            if stamp != self._failed:
+                self._told.clear()
+            reason = str(error).partition(" (now ")[0]  # the time of day makes no new reason
+            if reason not in self._told:
+                self._told.add(reason)
                 logger.error(  # noqa: TRY400 - an event, not a defect
                     "keeping the certificate that was loaded before: %s", error
                 )
-            else:
-                logger.info("loaded the certificate of %s again", self._owner)
-                self._warn()
-        return self._context
+            self._failed, self._retry_at = stamp, time.monotonic() + RETRY
+        else:
+            self._stamp = stamp
+            self._told.clear()
+            self._retry_at = -math.inf
+            logger.info("loaded the certificate of %s again", self._owner)
+            self._warn()
 
     def _load(self) -> tuple[ssl.SSLContext, datetime, datetime]:
         """The context, when the first certificate of its chain expires, and from when on that is worth a warning."""

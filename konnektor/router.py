@@ -2,7 +2,11 @@
 
 A destination's worker is, in this order:
 
-1. the one its name says: ``HOST.WORKER.konnektor.internal`` (the suffix is stripped before the worker sees it);
+1. the one its name says: ``HOST.WORKER.konnektor.internal`` (the suffix is stripped before the worker sees it). Both
+   halves may contain dots, so the longest known name that leaves a usable host is the worker, whether it is connected
+   or not: with workers ``b.c`` and ``c``, ``a.b.c`` is ``a`` at ``b.c``, and nowhere while that one is away. Known is
+   who was connected since the start, and who is named by a grant or a forward (``Router.know``). After a restart a
+   worker that nothing names is unknown until it has connected once: one whose name ends in another's wants a grant;
 2. the one the ``Konnektor-Worker`` header says;
 3. one that holds the most specific route: exact host, then the longest CIDR, then the glob with most literal
    characters;
@@ -91,9 +95,13 @@ class Route:
         if mine is None or theirs is None:
             return False
         if isinstance(mine, str):
-            return (
-                isinstance(theirs, str) and self.glob is not None and other.glob is None and fnmatchcase(theirs, mine)
-            )
+            if not isinstance(theirs, str) or self.glob is None:
+                return False
+            if other.glob is None:
+                return fnmatchcase(theirs, mine)
+            # Of two globs this much is plain: names that end so, with more conditions, are some of those that end so.
+            end = mine[1:]
+            return mine[0] == "*" and Route(end).glob is None and theirs.endswith(end)
         return (
             not isinstance(theirs, str)
             and mine.version == theirs.version
@@ -204,11 +212,14 @@ def granted_routes(
         own = [parse_route(f"host={name}")]
     except ConfigurationError:  # a good name for a worker is not always one for a host: "42"
         own = []
-    allowed = own + [route for owner, route in grants if owner == name]
-    claims = dict.fromkeys(claims)  # each once, in order
-    counted = [claim for claim in claims if any(grant.covers(claim) for grant in allowed)]
-    ignored = [claim for claim in claims if claim not in counted]
-    return tuple(dict.fromkeys(own + counted)), tuple(ignored)
+    # Each once, in order, and looked up: a worker may claim hundreds, and hold a grant for each.
+    allowed = dict.fromkeys(own + [route for owner, route in grants if owner == name])
+    claims = dict.fromkeys(claims)
+    counted = dict.fromkeys(own)
+    for claim in claims:
+        if claim in allowed or any(grant.covers(claim) for grant in allowed):
+            counted[claim] = None
+    return tuple(counted), tuple(claim for claim in claims if claim not in counted)
 
 
 class Router:
@@ -222,12 +233,20 @@ class Router:
         self._load = load
         self._routes: dict[str, tuple[Route, ...]] = {}
         self._holders: dict[Route, list[str]] = {}
+        self._dotted: set[str] = set()
+        """Known names that may end in another's. They come from certificates and the operator: as many as there are."""
         # What a lookup walks, most specific first: prefix lengths, and globs by their literal characters.
         self._prefixes: list[tuple[int, int]] = []
         self._globs: list[tuple[int, str]] = []
 
+    def know(self, worker: str) -> None:
+        """There is such a worker, connected or not: what its name may stand for is not another's meanwhile."""
+        if "." in worker:
+            self._dotted.add(worker)
+
     def set_routes(self, worker: str, routes: Iterable[Route]) -> None:
         """The worker is connected and serves exactly these routes (granted ones: see ``granted_routes``)."""
+        self.know(worker)
         self.remove(worker)
         self._routes[worker] = tuple(dict.fromkeys(routes))
         for route in self._routes[worker]:
@@ -285,15 +304,19 @@ class Router:
         return [RouteChoice(worker, host) for worker in best_first]
 
     def _by_suffix(self, rest: str) -> RouteChoice:
-        """Both halves may contain dots: the longest connected name that leaves a usable host is the worker."""
+        """The longest known name that leaves a usable host is the worker."""
         dot = rest.find(".")
         while dot >= 0:
             host, worker = rest[:dot], rest[dot + 1 :]
-            if worker in self._routes:
+            if worker in self._routes or worker in self._dotted:
                 try:
-                    return RouteChoice(worker, str(parse_host(host)))
+                    choice = RouteChoice(worker, str(parse_host(host)))
                 except ConfigurationError:
                     pass
+                else:
+                    if worker in self._routes:
+                        return choice
+                    raise NoRouteError(f"{quote(rest + SUFFIX)} names worker {worker}, which is not connected")
             dot = rest.find(".", dot + 1)
         if rest in self._routes:
             raise NoRouteError(f"{quote(rest + SUFFIX)} names a worker but no host: write HOST.{rest}{SUFFIX}")

@@ -21,7 +21,7 @@ from konnektor.priorities import PriorityRule, parse_priority
 from konnektor.runtime import set_up_logging
 from konnektor.tls import TLSFiles
 
-__all__ = ["Common", "Parsed", "endpoint_options", "say_ready"]
+__all__ = ["Common", "Parsed", "endpoint_options", "forget_output", "say_ready"]
 
 logger: Final = logging.getLogger("konnektor.cli")
 
@@ -225,6 +225,10 @@ def say_ready(what: str) -> None:
         logger.error(  # noqa: TRY400 - an event, not a defect
             "cannot write the ready line to standard output: %s; going on without it", error.strerror
         )
-        # Nor does what could not be written get another try when Python exits.
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        forget_output()
+
+
+def forget_output() -> None:
+    """What could not be written to standard output gets no other try when Python exits."""
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from konnektor.cli.options import forget_output
+from konnektor.errors import ConfigurationError
 from konnektor.pki import CA_CERT, Issued, init_ca
 from konnektor.pki import issue as issue_certificate
 from konnektor.tls import Role
@@ -91,5 +93,10 @@ def issue(directory: str, role: str, name: str, sans: tuple[str, ...], days: int
 
 
 def _report(issued: Issued) -> None:
-    click.echo(issued.cert)
-    click.echo(issued.key)
+    try:
+        click.echo(f"{issued.cert}\n{issued.key}")
+    except OSError as error:
+        forget_output()
+        raise ConfigurationError(
+            f"{issued.cert} and {issued.key} are made, but standard output cannot be written: {error.strerror}"
+        ) from None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, Final
 
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
 from konnektor.dial import reset_on_close, set_options
-from konnektor.errors import KonnektorError, StreamError
+from konnektor.errors import KonnektorError, SessionClosedError, StreamError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
@@ -51,10 +51,12 @@ class Clients:
         self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._left = False
         self._changes = Changes()
 
     async def add_forward(self, forward: Forward) -> str:
         """Listens on a local address for one destination; see ``ControlPlane.add_forward``."""
+        self._check_here()
 
         def refused(error: KonnektorError) -> None:
             # Otherwise the worker was not asked, and the text says so.
@@ -75,6 +77,7 @@ class Clients:
 
     async def add_frontend(self, frontend: Frontend) -> str:
         """Serves HTTP CONNECT; see ``ControlPlane.add_frontend``."""
+        self._check_here()
         make = partial(HttpConnect, self._opener, self._spawn)
         if isinstance(frontend, UnixFrontend):
             return self._listen([bind_unix(frontend.path)], make)
@@ -82,13 +85,21 @@ class Clients:
         if isinstance(frontend, HttpsFrontend):
             files = frontend.cert, frontend.key, frontend.client_ca
             context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
-        sockets = await bind_tcp(frontend.host, frontend.port)
+        name = self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
         if context is not None:
             self._contexts.append(context)
             context.watch()
-        return self._listen(sockets, make, context)
+        return name
+
+    def _check_here(self, sockets: Iterable[socket.socket] = ()) -> None:
+        """Raises SessionClosedError, and closes the sockets, after ``leave``: nobody would close them later."""
+        if self._left:
+            for sock in sockets:
+                sock.close()
+            raise SessionClosedError("the control plane is closed")
 
     def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
+        self._check_here(sockets)
         name = bound_name(sockets[0])
         for sock in sockets:
             if sock.family != socket.AF_UNIX:
@@ -104,6 +115,7 @@ class Clients:
         request: Udp,
         refused: Callable[[KonnektorError], None],
     ) -> str:
+        self._check_here(sockets)
         name = bound_name(sockets[0])
         while sockets:
             forward = UdpForward(sockets.pop(0), choose, request, refused, self._closed_udp)
@@ -114,6 +126,9 @@ class Clients:
                 for sock in sockets:
                     sock.close()
                 raise
+            if self._left:
+                forward.close()  # it could not be closed before it was open
+            self._check_here(sockets)
         return name
 
     def _closed_udp(self, forward: UdpForward) -> None:
@@ -175,6 +190,7 @@ class Clients:
 
     def leave(self) -> None:
         """Takes no more clients, and tells those that have not asked for anything yet."""
+        self._left = True
         for acceptor in self._acceptors:
             acceptor.close()
         for context in self._contexts:

@@ -68,11 +68,11 @@ def parse_frontend(url: str) -> Frontend:
     except ValueError:
         parts = urlsplit("")
     if parts.scheme == "http+unix":
-        path = unquote(parts.path)
-        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or len(path.encode()) > MAX_PATH:
+        path = unquote(parts.path, errors="surrogateescape")
+        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or not _fits(path):
             raise ConfigurationError(
                 f"frontend {quote(url)} has no usable path: write http+unix:///run/konnektor/connect.sock, "
-                f"at most {MAX_PATH} bytes"
+                f"at most {MAX_PATH} bytes of UTF-8"
             )
         return UnixFrontend(path)
     if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.fragment:
@@ -105,6 +105,14 @@ def parse_frontend(url: str) -> Frontend:
         )  # fmt: skip
         raise ConfigurationError(f"frontend {quote(url)} {fault}: write https://HOST:PORT?cert=F&key=F&client-ca=F")
     return HttpsFrontend(host, port, query["cert"], query["key"], query["client-ca"])
+
+
+def _fits(path: str) -> bool:
+    """Whether it can be a socket's path. One that is not UTF-8 could be, but the ready line is."""
+    try:
+        return len(path.encode()) <= MAX_PATH
+    except UnicodeEncodeError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -1,5 +1,10 @@
 """``konnektor pki``: what it prints where, and what it lets through to the one place that sets exit statuses."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -47,6 +52,25 @@ def test_errors_reach_the_caller(tmp_path, run):
     assert run(*issue).exit_code == 0
     assert isinstance(run(*issue).exception, ConfigurationError)
     assert isinstance(run(*issue[:-1], "Bad Name").exception, ConfigurationError)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(tmp_path, unbuffered):
+    """The files are made then, and one sentence says so: also where Python would try once more when it exits."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "konnektor", "pki", "init", "--dir", tmp_path],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert done.returncode == 2 and done.stderr.decode() == (
+        f"konnektor: {tmp_path}/ca.pem and {tmp_path}/ca.key are made, but standard output cannot be written: "
+        "No space left on device\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"ca.pem", "ca.key"}
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ import pytest
 
 import konnektor as kk
 import konnektor.control_plane
+import konnektor.frontends.clients
 import konnektor.worker
 from konnektor.addresses import parse_forward, parse_hostport
 from konnektor.dial import dial
 from konnektor.frames import HEADER
+from konnektor.frontends.udp_forward import UdpForward
 from konnektor.router import parse_route
 from konnektor.settings import Settings
 from konnektor.testing import FaultProxy
@@ -437,6 +439,18 @@ async def test_a_destination_that_is_none(certs, host, port, text):
                 await t.plane.open_tcp(host, port, **kwargs)
 
 
+async def test_a_name_that_is_for_a_worker_that_has_not_connected_yet(certs):
+    """Whom a grant or a forward names there is: nobody else gets what is meant for it."""
+    async with target() as echo, tunnel(certs, plane={"grant_routes": ["a.node-1=default"]}) as t:
+        t.plane.set_grants(grant_routes=[], allow_from=["b.node-1=127.0.0.1:1"])
+        await t.plane.add_forward("127.0.0.1:0=c.node-1/127.0.0.1:1")
+        for name in ("a", "b", "c"):
+            with pytest.raises(kk.NoRouteError, match=f"names worker {name}.node-1, which is not connected"):
+                await t.plane.open_tcp(f"localhost.{name}.node-1.konnektor.internal", echo.port)
+        async with await t.plane.open_tcp("127.0.0.1.node-1.konnektor.internal", echo.port):
+            pass
+
+
 async def test_a_candidate_that_goes_while_another_is_asked(certs, monkeypatch):
     async with tunnel(certs) as t:
         choices = t.plane._router.candidates("node-1")
@@ -579,6 +593,58 @@ async def test_a_subscriber_that_falls_behind_misses_the_oldest(certs, monkeypat
         assert await anext(events) == kk.WorkerDisconnected("node-1", session)
 
 
+async def test_a_subscriber_that_waits_for_so_long_only(certs):
+    """A timeout around one event takes none of those that come later."""
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, plane.events() as events:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await anext(events)
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        async with kk.Worker([plane.address], tls=certs.worker()):
+            session = await plane.wait_for("node-1")
+            assert await waiting == kk.WorkerConnected("node-1", session)
+            waiting = asyncio.create_task(anext(events))
+            await asyncio.sleep(0)
+            session.close(kk.Code.SHUTDOWN, "")
+            waiting.cancel()  # just as there is an event
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert await anext(events) == kk.WorkerDisconnected("node-1", session)
+
+
+async def seen(events):
+    return [type(event) async for event in events]
+
+
+async def test_events_end_with_their_context(certs):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        async with plane.events() as events:
+            iterating = [asyncio.create_task(seen(events)) for _ in range(2)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*iterating) == [[], []]
+
+
+@pytest.mark.parametrize("drain", [False, True])
+async def test_events_end_with_the_control_plane(certs, drain):
+    """After the last worker, whose going is an event, too; also for who asks later."""
+    async with tunnel(certs) as t, t.plane.events() as events:
+        iterating = asyncio.create_task(seen(events))
+        await asyncio.sleep(0)
+        await (t.plane.drain(1) if drain else t.plane.aclose())
+        assert await iterating == [kk.WorkerDisconnected]
+        async with t.plane.events() as late:
+            assert await seen(late) == []
+
+
+async def test_events_end_though_closing_is_cancelled(certs):
+    async with tunnel(certs) as t, t.plane.events() as events:
+        closing = asyncio.create_task(t.plane.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        assert await seen(events) == [kk.WorkerDisconnected]
+
+
 # Forwards
 
 
@@ -643,6 +709,59 @@ async def test_listening_fails_and_nothing_stays_behind(certs, tmp_path):
             await plane.add_frontend("ftp://x")
         with pytest.raises(kk.ConfigurationError):
             await plane.add_forward("x")
+
+
+def add(plane, kind, folder):
+    match kind:
+        case "forward":
+            return plane.add_forward("127.0.0.1:0=node-1/127.0.0.1:1")
+        case "udp":
+            return plane.add_forward("udp:127.0.0.1:0=node-1/127.0.0.1:1")
+        case "http":
+            return plane.add_frontend("http://127.0.0.1:0")
+        case _:
+            return plane.add_frontend(f"http+unix://{folder}/x.sock")
+
+
+@pytest.mark.parametrize("kind", ["forward", "udp", "http", "http+unix"])
+async def test_nothing_listens_after_the_end(certs, tmp_path, kind):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        pass
+    with pytest.raises(kk.SessionClosedError, match="the control plane is closed"):
+        await add(plane, kind, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "bind"), [("forward", "bind_tcp"), ("udp", "bind_udp"), ("http", "bind_tcp")])
+async def test_the_end_comes_while_an_address_is_looked_up(certs, tmp_path, monkeypatch, kind, bind):
+    bind_now = getattr(konnektor.frontends.clients, bind)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+
+        async def bind_late(*where):
+            await plane.aclose()
+            return await bind_now(*where)
+
+        monkeypatch.setattr(f"konnektor.frontends.clients.{bind}", bind_late)
+        with pytest.raises(kk.SessionClosedError):
+            await add(plane, kind, tmp_path)
+
+
+async def test_the_end_comes_while_a_udp_socket_is_opened(certs, tmp_path, monkeypatch):
+    """It cannot be closed before it is open, and then nobody else closes it: closing waited for ever."""
+    open_ = UdpForward.open
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+
+        async def opened_late(forward):
+            nonlocal closing
+            closing = asyncio.create_task(plane.aclose())
+            await asyncio.sleep(0)
+            await open_(forward)
+
+        monkeypatch.setattr(UdpForward, "open", opened_late)
+        closing = None
+        with pytest.raises(kk.SessionClosedError):
+            await add(plane, "udp", tmp_path)
+        await closing
 
 
 # The end

@@ -13,6 +13,7 @@ from konnektor.frontends.urls import HttpFrontend, HttpsFrontend, UnixFrontend, 
         ("http://[::1]:0/", HttpFrontend("::1", 0)),
         ("http://localhost:1", HttpFrontend("localhost", 1)),
         ("http+unix:///run/k.sock", UnixFrontend("/run/k.sock")),
+        ("http+unix:///run/%E2%98%83", UnixFrontend("/run/\N{SNOWMAN}")),
         ("http+unix:///run/a%20b.sock", UnixFrontend("/run/a b.sock")),
         (
             "https://0.0.0.0:8444?cert=a+b.pem&key=k%26.pem&client-ca=/ca",
@@ -42,6 +43,9 @@ def test_good(url, expected):
         ("http+unix:///x?mode=1", "has no usable path"),
         ("http+unix:///" + "x" * 107, "has no usable path"),
         ("http+unix:///x%00", "has no usable path"),
+        ("http+unix:///" + "\N{SNOWMAN}" * 40, "at most 107 bytes of UTF-8"),
+        ("http+unix:///\udcff", "has no usable path"),  # what Python makes of an argument that is not UTF-8
+        ("http+unix:///%ff", "has no usable path"),
         ("https://h:1", "lacks cert, key, client-ca"),
         ("https://h:1?cert=a&key=b&client-ca=", "lacks client-ca"),
         ("https://h:1?cert=a&key=b&client-ca=c&ca=d", "has an unknown parameter 'ca'"),

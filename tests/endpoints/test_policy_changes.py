@@ -10,6 +10,7 @@ import pytest
 import konnektor as kk
 import konnektor.control_plane
 import konnektor.targets
+from konnektor.router import granted_routes
 from konnektor.targets import _peer_address
 from konnektor.testing import FaultProxy
 from tests.endpoints.parts import Goodbye, proxied, target, tunnel, until
@@ -171,6 +172,33 @@ async def test_a_route_is_withdrawn(certs, change, log):
         async with await t.plane.open_tcp("127.0.0.1", echo.port) as stream:
             await echoes(stream)
     assert "ended a stream to 127.0.0.1: worker node-1 has no route for it any more" in log()
+
+
+async def test_claims_are_looked_at_once_however_many_streams_there_are(certs, monkeypatch):
+    """A worker with hundreds of claims and of routed streams would hold the event loop for many seconds."""
+    looked = []
+
+    def counted(name, *rest):
+        looked.append(name)
+        return granted_routes(name, *rest)
+
+    monkeypatch.setattr("konnektor.control_plane.granted_routes", counted)
+    granted = ["node-1=host=localhost", "node-1=cidr=127.0.0.0/8"]
+    routes = [grant.removeprefix("node-1=") for grant in granted]
+    async with target() as echo, tunnel(certs, plane={"grant_routes": granted}, routes=routes) as t:
+        streams = {host: [] for host in ("127.0.0.1", "localhost")}
+        t.worker.set_allow([kk.tcp("127.0.0.1", echo.port)])
+        for host, of_host in streams.items():
+            of_host += [await t.plane.open_tcp(host, echo.port) for _ in range(5)]
+        assert looked == ["node-1"]
+        t.plane.set_grants(grant_routes=granted)
+        t.plane.set_grants(grant_routes=granted[:1])
+        assert looked == ["node-1"] * 3
+        for stream in streams["127.0.0.1"]:
+            assert "the route was withdrawn" in await ended(stream)
+        for stream in streams["localhost"]:
+            await echoes(stream)
+            await stream.aclose()
 
 
 async def test_a_route_is_withdrawn_while_a_stream_is_opened(certs):

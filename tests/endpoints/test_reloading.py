@@ -1,5 +1,6 @@
 """Certificates that are renewed under a running endpoint."""
 
+import math
 import os
 import re
 import shutil
@@ -164,6 +165,66 @@ async def test_endpoints_watch_their_certificates_while_they_run(certs):
         contexts = [t.plane._context, t.worker._context, *t.plane._clients._contexts]
         assert len(contexts) == 3 and all(context._timer is not None for context in contexts)
     assert all(context._timer is None for context in contexts)
+
+
+@pytest.fixture
+def replaced(files):
+    """A context that follows a file, whose next one fails as ``faults`` says, time after time."""
+    faults, built = [], []
+
+    def build():
+        built.append(faults.pop(0) if faults else None)
+        if built[-1]:
+            raise kk.CertificateError(built[-1])
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    context = ReloadingContext(build, files.cert, owner="renewed")
+    os.utime(files.cert, (1, 1))
+    return SimpleNamespace(context=context, path=files.cert, faults=faults, built=built)
+
+
+def test_files_that_cannot_be_used_for_a_while(replaced, log, monkeypatch):
+    """Not valid yet by this clock, or no descriptor left to read them: nothing about the files changes afterwards."""
+    monkeypatch.setattr("konnektor.reloading.RETRY", 0)
+    get = replaced.context.get
+    kept = replaced.context._context
+    replaced.faults += [
+        "not valid yet (now 1)",
+        "not valid yet (now 2)",
+        "too many open files",
+        "not valid yet (now 3)",
+    ]
+    assert {get() for _ in range(4)} == {kept}
+    renewed = get()
+    assert renewed is not kept and get() is renewed
+    assert log() == [
+        "keeping the certificate that was loaded before: not valid yet (now 1)",
+        "keeping the certificate that was loaded before: too many open files",
+        "loaded the certificate of renewed again",
+    ]
+
+
+def test_files_that_cannot_be_used_are_not_tried_for_each_connection(replaced, log, monkeypatch):
+    monkeypatch.setattr("konnektor.reloading.RETRY", math.inf)
+    replaced.faults += ["rubbish", "rubbish"]
+    for _ in range(3):
+        replaced.context.get()
+    assert replaced.built == [None, "rubbish"]
+    os.utime(replaced.path, (2, 2))
+    replaced.context.get()
+    assert replaced.built == [None, "rubbish", "rubbish"] and len(log()) == 2  # these are other files
+    os.utime(replaced.path, (3, 3))
+    replaced.context.get()
+    assert log()[-1] == "loaded the certificate of renewed again"
+
+
+def test_what_only_chmod_changed(certs, files):
+    context = following(files)
+    first = context.get()
+    before = files.key.stat().st_ctime_ns
+    while files.key.stat().st_ctime_ns == before:  # the kernel's clock may tick every few milliseconds only
+        files.key.chmod(0o600)
+    assert context.get() is not first
 
 
 async def test_an_endpoint_stays_who_it_is(certs, files, tmp_path, log):

@@ -76,35 +76,71 @@ async def test_a_stream_taken_by_a_listener_just_as_its_opener_gave_up():
         listener = server.listen(Echo)
         stream = await client.open(Echo(), early=True)
         await until(lambda: server._tasks)
-        taken = await listener._get.receive()
+        taken = listener._offers.popleft()
+        taken.taken = True
         stream.reset()
         await until(lambda: at_rest(client))
-        queue, listener._get = listener._get, _One(taken)
+        listener._offers.append(taken)
         served = []
-        await listener.serve(served.append)
+        task = asyncio.create_task(listener.serve(served.append))
+        await until(taken.done.is_set)
         assert not served
         await until(lambda: at_rest(server))
         assert server._mux.admission.retired == 1
         await listener.aclose()
-        queue.close()
+        await task
 
 
-class _One:
-    """A source of one item."""
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_stream_is_served_or_reset_whenever_its_listener_is_cancelled(turns, group):
+    """And served by the next call, if the one that was cancelled had not begun with it."""
 
-    def __init__(self, item):
-        self._items = [item]
+    async def serve_in_a_group():
+        async with anyio.create_task_group() as tasks:
+            await listener.serve(never, tasks)
 
-    def __aiter__(self):
-        return self
+    async def never(stream):
+        await anyio.sleep_forever()
 
-    async def __anext__(self):
-        if not self._items:
-            raise StopAsyncIteration
-        return self._items.pop()
+    async def served(stream):
+        async with stream:
+            await stream.send(b"x")
 
-    def close(self):
+    async with memory_session_pair() as (client, server):
+        listener = server.listen(Echo)
+        cancelled = asyncio.create_task(serve_in_a_group() if group else listener.serve(never))
+        await anyio.sleep(0.01)
+        opening = asyncio.create_task(client.open(Echo()))
+        while not server._tasks:
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        serving = asyncio.create_task(listener.serve(served))
+        try:
+            async with await opening as stream:
+                assert await until_end(stream) == b"x"
+        except kk.CancelledStreamError:
+            pass
+        await until(lambda: at_rest(server))
+        await listener.aclose()
+        await serving
+
+
+async def test_a_stream_whose_handler_cannot_be_started_is_reset():
+    async with anyio.create_task_group() as over:
         pass
+    async with memory_session_pair() as (client, server):
+        listener = server.listen(Echo)
+        opening = asyncio.create_task(client.open(Echo()))
+        with pytest.raises(RuntimeError, match="not active"):
+            await listener.serve(echo, over)
+        with pytest.raises(kk.CancelledStreamError):
+            await opening
+        await until(lambda: at_rest(server))
+        await stack_of_one(listener, client)
 
 
 async def test_a_listeners_handler_that_fails_resets_its_stream():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from konnektor.addresses import parse_host
 from konnektor.errors import ConfigurationError, NoRouteError
@@ -86,7 +89,16 @@ def test_grant_route() -> None:
         ("host=*.a", "host=x.a", True),
         ("host=*.a", "host=a", False),
         ("host=*.a", "host=*.a", True),
-        ("host=*", "host=*.a", False),
+        ("host=*", "host=*.a", True),
+        ("host=*.a", "host=*.b.a", True),
+        ("host=*.a", "host=x?-*.a", True),
+        ("host=*.b.a", "host=*.a", False),
+        ("host=*.a", "host=*a", False),
+        ("host=*.a", "host=*.a*", False),
+        ("host=*.a", "host=*.?", False),
+        ("host=?.a", "host=*.b.a", False),
+        ("host=*.?.a", "host=*.b.?.a", False),  # it is, and not seen
+        ("host=b.a", "host=*.a", False),
         ("host=*", "cidr=10.0.0.0/8", False),
         ("cidr=10.0.0.0/8", "cidr=10.1.0.0/16", True),
         ("cidr=10.0.0.0/8", "host=10.0.0.7", True),
@@ -98,6 +110,15 @@ def test_grant_route() -> None:
 )
 def test_grants_cover(grant: str, claim: str, covered: bool) -> None:
     assert parse_route(grant).covers(parse_route(claim)) is covered
+
+
+NAMES = ["".join(letters) for length in range(1, 6) for letters in product("ab.", repeat=length)]
+
+
+@given(st.text("ab.*?", min_size=1, max_size=4), st.text("ab.*?", min_size=1, max_size=4))
+def test_what_a_grant_covers_is_a_part_of_it(grant: str, claim: str) -> None:
+    if Route(grant).covers(Route(claim)):
+        assert all(Route(grant).matches(name) for name in NAMES if Route(claim).matches(name))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +215,28 @@ def test_suffix_names_the_worker_before_the_header() -> None:
         "a.b.node-1.example.konnektor.internal": ("node-1.example", "a.b"),
     }.items():
         assert r.candidates(host, "other") == [choice]
+
+
+def test_what_names_one_worker_is_no_name_at_another_while_that_one_is_away() -> None:
+    """``a.b`` at ``c`` is another place than ``a`` at ``b.c``."""
+    r = router(c="")
+    assert r.choose("a.b.c.konnektor.internal") == RouteChoice("c", "a.b")  # nobody has heard of b.c
+    r.set_routes("b.c", ())
+    for _ in range(2):
+        assert r.choose("a.b.c.konnektor.internal") == RouteChoice("b.c", "a")
+        r.remove("b.c")
+        with pytest.raises(NoRouteError, match=r"names worker b\.c, which is not connected"):
+            r.choose("a.b.c.konnektor.internal")
+        r.set_routes("b.c", ())
+    r.remove("b.c")
+    assert r.choose("b.c.konnektor.internal") == RouteChoice("c", "b")
+    assert r.choose("10.0.0.7.c.konnektor.internal") == RouteChoice("c", "10.0.0.7")
+    r.know("7.c")  # leaves no usable host
+    assert r.choose("10.0.0.7.c.konnektor.internal") == RouteChoice("c", "10.0.0.7")
+    r.know("y.c")
+    r.know("c")
+    with pytest.raises(NoRouteError, match=r"names worker y\.c"):
+        r.choose("x.y.c.konnektor.internal")
 
 
 @pytest.mark.parametrize(
