@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
+from konnektor.resolver import Resolver
 
 __all__ = ["Acceptor", "bind_tcp", "bind_udp", "bind_unix", "bound_name"]
 
@@ -52,9 +53,8 @@ async def bind_udp(host: str, port: int) -> list[socket.socket]:
 
 async def _bind_name(host: str, port: int, kind: socket.SocketKind) -> list[socket.socket]:
     where = format_hostport(host, port)
-    loop = asyncio.get_running_loop()
     try:
-        infos = await loop.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+        infos = await Resolver().look_up(host, port, type=kind, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"cannot listen on {where}: the host does not resolve ({error.strerror})") from None
     infos = list(dict.fromkeys(infos))

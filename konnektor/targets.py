@@ -15,6 +15,7 @@ from konnektor.dial import Dialing, begin_dial, dial, dial_udp, reset_on_close
 from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
 from konnektor.mux import MuxStream
 from konnektor.policy import AllowList
+from konnektor.resolver import Resolver
 from konnektor.serving import fail
 from konnektor.session import Session
 from konnektor.splice import Splice, join, splice
@@ -53,6 +54,7 @@ class Targets:
     def __init__(self, allowed: Callable[[Session], AllowList], udp_idle: float = IDLE) -> None:
         self._allowed = allowed
         self.udp_idle = udp_idle
+        self._resolver = Resolver()
         self._open: dict[socket.socket, _Target] = {}
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
@@ -134,7 +136,7 @@ class Targets:
         try:
             allow.check_name(host, port, protocol)
             sock = await (dial_udp if protocol == "udp" else dial)(
-                host, port, check=allow.checker(host, port, protocol)
+                host, port, check=allow.checker(host, port, protocol), resolver=self._resolver
             )
             target = _Target(session, stream._mux, host, port, protocol, _peer_address(sock))
             self._recheck(target, sock, allow)
