@@ -7,8 +7,10 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +25,8 @@ BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
 ACCEPT_PAUSE: Final = 0.5
 """Seconds without accepting after the process ran out of descriptors or memory."""
+RESERVE: Final = 1024
+"""Descriptors that modest listeners leave to others: those newcomers to the tunnel, at most, and as many for what they begin."""
 ACCEPTS_A_TURN: Final = 64
 PORT_ATTEMPTS: Final = 10
 _NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
@@ -184,12 +188,16 @@ class Acceptor:
     Args:
         sock: listening.
         accepted: called with each new socket, which is then its, and the peer's address.
+        modest: leaves the last quarter of the process's descriptors, ``RESERVE`` at most, to whoever is not.
     """
 
-    def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object]) -> None:
+    def __init__(
+        self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object], *, modest: bool = False
+    ) -> None:
         self.name = bound_name(sock)
         self._sock = sock
         self._accepted = accepted
+        self._modest = modest
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._reading = False
@@ -208,7 +216,12 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _OF_ONE_CONNECTION:
                     continue
-                self._starve(error)
+                self._starve(os.strerror(error.errno or 0))
+                return
+            # The kernel gives the lowest number that is free.
+            if self._modest and sock.fileno() >= _allowance():
+                sock.close()
+                self._starve("the last descriptors are kept for workers; raise the limit of open files")
                 return
             sock.setblocking(False)
             try:
@@ -216,13 +229,13 @@ class Acceptor:
             except OSError as error:
                 # It had the last descriptor, and its owner needs another to watch it.
                 sock.close()
-                self._starve(error)
+                self._starve(os.strerror(error.errno or 0))
                 return
             self._starved = False
 
-    def _starve(self, error: OSError) -> None:
+    def _starve(self, why: str) -> None:
         if not self._starved:  # told once, until it gets better
-            logger.warning("cannot accept on %s: %s", self.name, os.strerror(error.errno or 0))
+            logger.warning("cannot accept on %s: %s", self.name, why)
         self._starved = True
         self.pause()
         self._timer = self._loop.call_later(ACCEPT_PAUSE, self.resume)
@@ -251,6 +264,12 @@ class Acceptor:
             self._file = None
             with contextlib.suppress(OSError):
                 Path(self.name).unlink()
+
+
+def _allowance() -> int:
+    """Descriptors that modest listeners may use."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(RESERVE, soft // 4)
 
 
 def _file(path: str) -> tuple[int, int] | None:

@@ -71,12 +71,15 @@ class Newcomers:
         sockets: listening, and owned from now on.
         heard: called with each connection that speaks or ends: its socket, which is the callee's, the peer's address, and
             a place to be left. Raising OSError it leaves both to the caller.
+        modest: as an ``Acceptor``.
     """
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
         heard: Callable[[socket.socket, Any, Place], object],
+        *,
+        modest: bool = False,
     ) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._places = PLACES if soft == resource.RLIM_INFINITY else max(1, min(PLACES, soft // 8))
@@ -85,7 +88,7 @@ class Newcomers:
         self._speaking = 0
         self._crowded = False
         self._full = False
-        self._acceptors = [Acceptor(sock, self._accepted) for sock in sockets]
+        self._acceptors = [Acceptor(sock, self._accepted, modest=modest) for sock in sockets]
         self.name = self._acceptors[0].name
 
     def __len__(self) -> int:

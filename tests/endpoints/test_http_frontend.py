@@ -161,6 +161,51 @@ async def test_a_client_that_says_nothing(certs, frontend, monkeypatch):
             assert await reader.readline() == b"HTTP/1.1 408 Request Timeout\r\n"
 
 
+async def test_clients_that_have_not_asked_are_bounded(certs, frontend, monkeypatch):
+    """Beyond as many as may be at once others wait until one has asked, or is gone; who has asked counts no more."""
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 2)
+    async with target() as echo, tunnel(certs) as t, contextlib.AsyncExitStack() as stack:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        for _ in range(3):
+            await stack.enter_async_context(connected(where, to, **frontend.client))
+        slow = []
+        for _ in range(2):
+            slow.append(await stack.enter_async_context(connection(where, **frontend.client)))
+            slow[-1][1].write(b"CONNECT 127")
+        await until(lambda: len(t.plane._clients._here) == 5)
+        asking = asyncio.create_task(ask(where, to, **frontend.client))
+        await asyncio.sleep(0.02)
+        assert len(t.plane._clients._here) == 5 and not asking.done()
+        slow[0][1].write(connect_head(to).removeprefix(b"CONNECT 127"))
+        assert await asking == "HTTP/1.1 200 Connection Established"
+        asking = asyncio.create_task(ask(where, to, **frontend.client))
+        assert await slow[0][0].readuntil(b"\r\n\r\n") == ESTABLISHED
+        assert await asking == "HTTP/1.1 200 Connection Established"
+
+
+async def test_silent_clients_keep_no_other_out(certs, frontend, monkeypatch):
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 2)
+    async with target() as echo, tunnel(certs) as t, contextlib.AsyncExitStack() as stack:
+        where = await t.plane.add_frontend(frontend.url)
+        silent = [await stack.enter_async_context(connection(where)) for _ in range(10)]
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        assert await ask(where, to, **frontend.client) == "HTTP/1.1 200 Connection Established"
+        assert await silent[0][0].read() == b""
+
+
+async def test_failed_handshakes_take_no_place(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 1)
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        for _ in range(3):
+            async with connection(where) as (reader, writer):
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        assert await ask(where, to, **https_client(certs)) == "HTTP/1.1 200 Connection Established"
+
+
 async def test_early_data(certs, frontend):
     """Sent with the request, and more than is read ahead of the 200."""
     async with target() as echo, tunnel(certs) as t:
@@ -425,7 +470,7 @@ async def test_drain(certs, frontend):
             connection(where, **frontend.client) as (idle, idle_writer),
             connected(where, to, **frontend.client) as (reader, writer),
         ):
-            await until(lambda: len(t.plane._clients._here) == 2)
+            await until(lambda: len(t.plane._clients._here) == 1 + frontend.tls)
             draining = asyncio.create_task(t.plane.drain(30))
             assert await idle.readline() == b"HTTP/1.1 503 Shutting Down\r\n"
             idle_writer.close()
@@ -568,7 +613,8 @@ async def test_a_frontend_whose_own_certificate_has_no_trust_domain(tmp_path):
 async def test_closing_during_a_handshake(certs):
     async with tunnel(certs) as t:
         where = await t.plane.add_frontend(https_url(certs))
-        async with connection(where) as (reader, _):
+        async with connection(where) as (reader, writer):
+            writer.write(b"\x16\x03\x01\x02")
             await until(lambda: t.plane._clients._tasks)
             await t.plane.aclose()
             with contextlib.suppress(ConnectionError):

@@ -1,15 +1,18 @@
 """Listening sockets: which addresses, whose file, and what happens when descriptors run out."""
 
 import asyncio
+import contextlib
 import errno
 import os
+import resource
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from konnektor.errors import ListenError
-from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from konnektor.listening import Acceptor, _allowance, bind_tcp, bind_unix, bound_name
 from tests.endpoints.parts import until
 
 
@@ -226,6 +229,40 @@ async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
         acceptor.close()
     for sock in accepted:
         sock.close()
+
+
+async def test_a_modest_listener_leaves_the_last_descriptors_to_others(monkeypatch, caplog):
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    accepted = []
+    (listener,), (other,) = await bind_tcp("127.0.0.1", 0), await bind_tcp("127.0.0.1", 0)
+    with socket.socket() as lowest, contextlib.ExitStack() as stack:
+        free = lowest.fileno()
+        monkeypatch.setattr("konnektor.listening._allowance", lambda: free)
+        modest = Acceptor(listener, lambda sock, _: accepted.append(sock), modest=True)
+        client = stack.enter_context(socket.create_connection(listener.getsockname()))
+        client.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
+        greedy = Acceptor(other, lambda sock, _: accepted.append(sock))
+        stack.enter_context(socket.create_connection(other.getsockname()))
+        await until(lambda: accepted)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"cannot accept on {modest.name}: the last descriptors are kept for workers; raise the limit of open files"
+        ]
+        monkeypatch.setattr("konnektor.listening._allowance", lambda: 1 << 20)
+        stack.enter_context(socket.create_connection(listener.getsockname()))
+        await until(lambda: len(accepted) == 2)
+    for acceptor in (modest, greedy):
+        acceptor.close()
+    for sock in accepted:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "allowed"), [(80, 60), (1024, 768), (1 << 19, (1 << 19) - 1024), (resource.RLIM_INFINITY, sys.maxsize)]
+)
+def test_how_many_descriptors_are_for_modest_listeners(monkeypatch, soft, allowed):
+    monkeypatch.setattr("konnektor.listening.resource.getrlimit", lambda _: (soft, soft))
+    assert _allowance() == allowed
 
 
 async def test_an_error_of_one_connection_is_no_reason_to_stop():
