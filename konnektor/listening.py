@@ -242,19 +242,22 @@ class Acceptor:
 
     def pause(self) -> None:
         """Leaves connections to the kernel's backlog until ``resume``."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         if self._reading:
             self._reading = False
             self._loop.remove_reader(self._sock.fileno())
 
     def resume(self) -> None:
         """Accepts again, unless closed."""
-        self._timer = None
+        self._stop_timer()
         if not self._reading and self._sock.fileno() >= 0:
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self._ready)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def close(self) -> None:
         """Accepts no more; the file of a Unix socket goes, unless another program has put its own there."""

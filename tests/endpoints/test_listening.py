@@ -265,6 +265,24 @@ def test_how_many_descriptors_are_for_modest_listeners(monkeypatch, soft, allowe
     assert _allowance() == allowed
 
 
+async def test_the_end_of_a_pause_for_descriptors_does_not_end_another(monkeypatch):
+    """Resumed by its owner meanwhile, and paused again, it stays so."""
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    accepted = []
+    listener = await scripted(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    acceptor = Acceptor(listener, lambda sock, _: accepted.append(sock))
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: listener.accepts)
+        acceptor.resume()
+        acceptor.pause()
+        await asyncio.sleep(0.05)
+        assert listener.accepts == 1
+        acceptor.resume()
+        await until(lambda: accepted)
+    acceptor.close()
+    accepted[0].close()
+
+
 async def test_an_error_of_one_connection_is_no_reason_to_stop():
     accepted = []
     listener = await scripted(ConnectionAbortedError(errno.ECONNABORTED, "gone"), OSError(errno.ENETUNREACH, "?"))
