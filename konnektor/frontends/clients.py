@@ -51,6 +51,7 @@ class Clients:
         self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], HttpConnect] = {}
         self._changes = Changes()
 
     async def add_forward(self, forward: Forward) -> str:
@@ -136,7 +137,8 @@ class Clients:
             return
         peer = f"the client at {format_hostport(*address[:2])}"
         task = self._spawn(self._secure(client, context, sock, peer, place))
-        task.add_done_callback(lambda _: self._forget_unless_up(client, sock, place))
+        self._handshakes[task] = client
+        task.add_done_callback(partial(self._secured, sock, place))
 
     def _asked(self, place: Place, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """The client has said what it wants, and this serves it."""
@@ -181,12 +183,15 @@ class Clients:
         if client.transport is not None:
             self._add(client, client.transport, place)
 
-    @staticmethod
-    def _forget_unless_up(client: HttpConnect, sock: socket.socket, place: Place) -> None:
-        """Closes the socket of a handshake that failed, or that was cancelled before it began."""
-        if client.on_closed is None:
-            place.leave()
-        if client.transport is None:
+    def _secured(self, sock: socket.socket, place: Place, task: asyncio.Task[None]) -> None:
+        """Closes the socket of a handshake that failed, or that was cancelled."""
+        client = self._handshakes.pop(task)
+        if client.on_closed is not None:  # it is here
+            return
+        place.leave()
+        if client.transport is not None:  # it was through at that very moment
+            client.transport.abort()
+        else:
             sock.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -207,6 +212,8 @@ class Clients:
             protocol = transport.get_protocol()
             if isinstance(protocol, HttpConnect):
                 protocol.leave()
+        for client in self._handshakes.values():
+            client.leave()
         for forward in list(self._udp):
             forward.leave()
 
@@ -223,7 +230,9 @@ class Clients:
             task.cancel()
 
     async def wait_closed(self) -> None:
-        """Waits until every client is gone. Cancelling is safe."""
+        """Waits until every client is gone, but for those that are in their TLS handshakes: they go. Cancelling is safe."""
+        for task in self._handshakes:
+            task.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._changes.wait_for(lambda: not self._here and not self._udp)

@@ -14,6 +14,7 @@ from konnektor.frontends.http_connect import MAX_HEAD
 from konnektor.frontends.http_server import EARLY, HttpConnect
 from tests.endpoints.parts import (
     ESTABLISHED,
+    PATIENCE,
     Banner,
     Goodbye,
     Resetting,
@@ -608,6 +609,95 @@ async def test_a_frontend_whose_own_certificate_has_no_trust_domain(tmp_path):
             files = ca.forge(role, [f"spiffe://elsewhere.example/{role}/x"], [CLIENT_AUTH])
             client = https_client_of(files) | {"server_hostname": "localhost"}
             assert await ask(where, "x:1", **client) == status
+
+
+class Handshaking:
+    """A client in the midst of its TLS handshake: its first bytes are there, and it goes on when told to."""
+
+    def __init__(self, where, certs):
+        tls = https_client(certs)
+        self._outgoing = ssl.MemoryBIO()
+        self._incoming = ssl.MemoryBIO()
+        self._object = tls["ssl"].wrap_bio(self._incoming, self._outgoing, server_hostname=tls["server_hostname"])
+        self._sock = socket.create_connection(("127.0.0.1", int(where.rpartition(":")[2])))
+        self._sock.setblocking(False)
+        self._try(self._object.do_handshake)
+        self._hello = self._outgoing.read()
+        self._sock.send(self._hello[:10])
+
+    def _try(self, do):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            return do()
+
+    async def ask(self, to):
+        """The rest of the handshake, with the request behind it in one piece; returns what comes of it."""
+        loop = asyncio.get_running_loop()
+        self._sock.send(self._hello[10:])
+        while True:
+            self._incoming.write(await loop.sock_recv(self._sock, 65536))
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            break
+        self._object.write(connect_head(to))
+        self._sock.send(self._outgoing.read())
+        while True:
+            if (answer := self._try(lambda: self._object.read(1000))) is not None:
+                return answer
+            self._incoming.write(await loop.sock_recv(self._sock, 65536))
+
+    def close(self):
+        self._sock.close()
+
+
+async def test_a_client_in_its_handshake_does_not_hold_up_the_end(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.frontends.clients.TLS_TIMEOUT", 1000.0)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        where = await plane.add_frontend(https_url(certs))
+        with contextlib.closing(Handshaking(where, certs)):
+            await until(lambda: plane._clients._handshakes)
+            async with asyncio.timeout(PATIENCE):
+                await plane.drain(1000)
+            assert not plane._clients._handshakes
+
+
+async def test_a_client_that_finishes_its_handshake_while_the_frontend_leaves_is_told(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **https_client(certs)) as (_, writer):
+            with contextlib.closing(Handshaking(where, certs)) as late:
+                await until(lambda: t.plane._clients._handshakes)
+                draining = asyncio.create_task(t.plane.drain(30))
+                await asyncio.sleep(0)
+                assert (await late.ask(to)).startswith(b"HTTP/1.1 503 Shutting Down\r\n")
+                assert len(echo.made) == 1
+            writer.close()
+            await draining
+
+
+async def test_cancelled_as_its_handshake_is_done(certs):
+    """In the very turn of the loop: nothing is left of the client."""
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        clients = t.plane._clients
+        made = []
+
+        class Client(HttpConnect):
+            def connection_made(self, transport):
+                super().connection_made(transport)
+                made.append(self)
+                for task in clients._handshakes:
+                    task.cancel()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("konnektor.frontends.clients.HttpConnect", Client)
+            with contextlib.suppress(OSError):
+                async with connection(where, **https_client(certs)) as (reader, _):
+                    assert await reader.read() == b""
+        await until(lambda: made and made[0].transport is None)
+        assert not clients._handshakes and not clients._here
 
 
 async def test_closing_during_a_handshake(certs):
