@@ -9,7 +9,7 @@ from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host
+from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
 from konnektor.dial import Dialing, begin_dial, dial, dial_udp, reset_on_close
 from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
@@ -141,7 +141,7 @@ class Targets:
             target = _Target(session, stream._mux, host, port, protocol, _peer_address(sock))
             self._recheck(target, sock, allow)
         except StreamError as error:
-            _log_refusal(session, format_protocol(protocol) + format_hostport(host, port), error)
+            _log_refusal(session, format_protocol(protocol) + format_hostport(_readable(host), port), error)
             await stream.reject(error.code)
             return None
         self._open[sock] = target
@@ -225,6 +225,15 @@ def _refuse(target: _Target, error: StreamError) -> None:
 
 def _log_refusal(session: Session, asked: str, error: StreamError) -> None:
     session.log.warning("refused %s a stream to %s: %s", session.peer_name, asked, error)
+
+
+def _readable(host: str) -> str:
+    """A host as it may stand in the log: what a peer calls one can be any text."""
+    try:
+        parse_host(host)
+    except ConfigurationError:
+        return quote(host)
+    return host
 
 
 def _peer_address(sock: socket.socket) -> IPAddress | None:
