@@ -29,8 +29,9 @@ from konnektor.frontends.http_connect import ConnectRequest
 from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.limits import Limits, format_size, parse_size
-from konnektor.listening import Acceptor, bind_tcp
+from konnektor.listening import bind_tcp
 from konnektor.mux import MuxStream
+from konnektor.newcomers import Newcomers, Place
 from konnektor.policy import AllowList, AllowRule, as_grant_from
 from konnektor.priorities import PriorityRule
 from konnektor.router import Route, Router, as_grant_route, granted_routes, parse_route
@@ -54,8 +55,6 @@ SESSIONS: Final = 8
 """Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
 """Sessions of one worker that may wait for another connection at a time; the oldest goes first."""
-HANDSHAKES: Final = 512
-"""Connections that may be between TCP accept and HELLO; more wait in the kernel's backlog."""
 
 logger: Final = logging.getLogger("konnektor.control_plane")
 
@@ -169,7 +168,7 @@ class ControlPlane(Endpoint):
         self._know_named()
         self._routed: dict[Session, dict[MuxStream, str]] = {}
         """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
-        self._acceptors: list[Acceptor] = []
+        self._newcomers: Newcomers | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
         self._subscribers: set[Subscription[WorkerEvent]] = set()
@@ -220,7 +219,7 @@ class ControlPlane(Endpoint):
     # Life
 
     async def _start(self) -> None:
-        self._acceptors = [Acceptor(sock, self._accepted) for sock in await bind_tcp(*self._listen)]
+        self._newcomers = Newcomers(await bind_tcp(*self._listen), self._heard)
 
     @property
     def address(self) -> str:
@@ -231,13 +230,13 @@ class ControlPlane(Endpoint):
             SessionClosedError: it was closed before it was started.
         """
         self._check_started()
-        if not self._acceptors:
+        if self._newcomers is None:
             raise SessionClosedError("the control plane is closed")
-        return self._acceptors[0].name
+        return self._newcomers.name
 
     def _leave(self, *, drain: bool) -> None:
-        for acceptor in self._acceptors:
-            acceptor.close()
+        if self._newcomers is not None:
+            self._newcomers.close()
         for task in self._handshakes:
             task.cancel()
         self._clients.leave()
@@ -436,7 +435,7 @@ class ControlPlane(Endpoint):
 
     # Accepting
 
-    def _accepted(self, sock: socket.socket, address: Any) -> None:
+    def _heard(self, sock: socket.socket, address: Any, place: Place) -> None:
         begun = False
 
         async def welcome() -> None:
@@ -448,15 +447,11 @@ class ControlPlane(Endpoint):
             self._handshakes.discard(task)
             if not begun:
                 sock.close()  # cancelled before its first step
-            for acceptor in self._acceptors:
-                acceptor.resume()
+            place.leave()
 
         task = self._spawn(welcome())
         self._handshakes.add(task)
         task.add_done_callback(welcomed)
-        if len(self._handshakes) >= HANDSHAKES:
-            for acceptor in self._acceptors:
-                acceptor.pause()
 
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """From a socket to a session, or one line that says why not."""

@@ -32,6 +32,7 @@ from konnektor.errors import (
     TargetResetError,
     UnreachableError,
 )
+from konnektor.resolver import Resolver
 
 __all__ = ["Dialing", "begin_dial", "dial", "dial_udp", "reset_on_close", "set_options"]
 
@@ -146,6 +147,7 @@ async def dial(
     *,
     check: Callable[[IPAddress], None] | None = None,
     within: float | None = None,
+    resolver: Resolver | None = None,
 ) -> socket.socket:
     """Connect to a host and return the connected, non-blocking socket, which the caller owns.
 
@@ -157,6 +159,7 @@ async def dial(
         check: called with each resolved address before it is dialed; raises DeniedError to veto it
             (``AllowList.checker`` makes one).
         within: seconds for all of it, name resolution included.
+        resolver: for names; by default a new one.
 
     Raises:
         DeniedError: every address was vetoed.
@@ -167,7 +170,7 @@ async def dial(
     at = format_hostport(host, port)
     try:
         async with asyncio.timeout(within):
-            allowed = _checked(await _resolve(host, port), check)
+            allowed = _checked(await _resolve(host, port, resolver), check)
             errors: list[OSError] = []
             if len(allowed) == 1:
                 sock = await _attempt(allowed[0], errors)
@@ -186,6 +189,7 @@ async def dial_udp(
     *,
     check: Callable[[IPAddress], None] | None = None,
     within: float | None = None,
+    resolver: Resolver | None = None,
 ) -> socket.socket:
     """A non-blocking UDP socket, connected to the first address of a host that is allowed and that there is a way to.
 
@@ -195,7 +199,7 @@ async def dial_udp(
     at = format_hostport(host, port)
     try:
         async with asyncio.timeout(within):
-            allowed = _checked(await _resolve(host, port), check)
+            allowed = _checked(await _resolve(host, port, resolver), check)
     except TimeoutError:
         raise DialTimeoutError(f"{at} did not resolve within {within:g} s") from None
     errors: list[OSError] = []
@@ -240,7 +244,7 @@ def reset_on_close(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-async def _resolve(host: str, port: int) -> list[_Address]:
+async def _resolve(host: str, port: int, resolver: Resolver | None) -> list[_Address]:
     try:
         parsed = parse_host(host)
     except ConfigurationError:
@@ -249,9 +253,9 @@ async def _resolve(host: str, port: int) -> list[_Address]:
         return [_literal(parsed, port)]
     try:
         # The host as given: its trailing dot, if any, is for the resolver.
-        found = await asyncio.get_running_loop().getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )
+        found = await (resolver or Resolver()).look_up(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    except LimitError:
+        raise
     except socket.gaierror as error:
         raise DNSError(f"{host} did not resolve: {error.strerror}") from None
     except OSError as error:  # EAI_SYSTEM, by its number: no descriptor for asking, say

@@ -7,14 +7,17 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
+from konnektor.resolver import Resolver
 
 __all__ = ["Acceptor", "bind_tcp", "bind_udp", "bind_unix", "bound_name"]
 
@@ -22,6 +25,8 @@ BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
 ACCEPT_PAUSE: Final = 0.5
 """Seconds without accepting after the process ran out of descriptors or memory."""
+RESERVE: Final = 1024
+"""Descriptors that modest listeners leave to others: those newcomers to the tunnel, at most, and as many for what they begin."""
 ACCEPTS_A_TURN: Final = 64
 PORT_ATTEMPTS: Final = 10
 _NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
@@ -52,9 +57,8 @@ async def bind_udp(host: str, port: int) -> list[socket.socket]:
 
 async def _bind_name(host: str, port: int, kind: socket.SocketKind) -> list[socket.socket]:
     where = format_hostport(host, port)
-    loop = asyncio.get_running_loop()
     try:
-        infos = await loop.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
+        infos = await Resolver().look_up(host, port, type=kind, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ListenError(f"cannot listen on {where}: the host does not resolve ({error.strerror})") from None
     infos = list(dict.fromkeys(infos))
@@ -184,12 +188,16 @@ class Acceptor:
     Args:
         sock: listening.
         accepted: called with each new socket, which is then its, and the peer's address.
+        modest: leaves the last quarter of the process's descriptors, ``RESERVE`` at most, to whoever is not.
     """
 
-    def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object]) -> None:
+    def __init__(
+        self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object], *, modest: bool = False
+    ) -> None:
         self.name = bound_name(sock)
         self._sock = sock
         self._accepted = accepted
+        self._modest = modest
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._reading = False
@@ -208,7 +216,12 @@ class Acceptor:
             except OSError as error:
                 if error.errno in _OF_ONE_CONNECTION:
                     continue
-                self._starve(error)
+                self._starve(os.strerror(error.errno or 0))
+                return
+            # The kernel gives the lowest number that is free.
+            if self._modest and sock.fileno() >= _allowance():
+                sock.close()
+                self._starve("the last descriptors are kept for workers; raise the limit of open files")
                 return
             sock.setblocking(False)
             try:
@@ -216,32 +229,35 @@ class Acceptor:
             except OSError as error:
                 # It had the last descriptor, and its owner needs another to watch it.
                 sock.close()
-                self._starve(error)
+                self._starve(os.strerror(error.errno or 0))
                 return
             self._starved = False
 
-    def _starve(self, error: OSError) -> None:
+    def _starve(self, why: str) -> None:
         if not self._starved:  # told once, until it gets better
-            logger.warning("cannot accept on %s: %s", self.name, os.strerror(error.errno or 0))
+            logger.warning("cannot accept on %s: %s", self.name, why)
         self._starved = True
         self.pause()
         self._timer = self._loop.call_later(ACCEPT_PAUSE, self.resume)
 
     def pause(self) -> None:
         """Leaves connections to the kernel's backlog until ``resume``."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         if self._reading:
             self._reading = False
             self._loop.remove_reader(self._sock.fileno())
 
     def resume(self) -> None:
         """Accepts again, unless closed."""
-        self._timer = None
+        self._stop_timer()
         if not self._reading and self._sock.fileno() >= 0:
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self._ready)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def close(self) -> None:
         """Accepts no more; the file of a Unix socket goes, unless another program has put its own there."""
@@ -251,6 +267,12 @@ class Acceptor:
             self._file = None
             with contextlib.suppress(OSError):
                 Path(self.name).unlink()
+
+
+def _allowance() -> int:
+    """Descriptors that modest listeners may use."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(RESERVE, soft // 4)
 
 
 def _file(path: str) -> tuple[int, int] | None:

@@ -9,12 +9,13 @@ from functools import partial
 from ipaddress import ip_address
 from typing import NamedTuple
 
-from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host
+from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
 from konnektor.dial import Dialing, begin_dial, dial, dial_udp, reset_on_close
 from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
 from konnektor.mux import MuxStream
 from konnektor.policy import AllowList
+from konnektor.resolver import Resolver
 from konnektor.serving import fail
 from konnektor.session import Session
 from konnektor.splice import Splice, join, splice
@@ -53,6 +54,7 @@ class Targets:
     def __init__(self, allowed: Callable[[Session], AllowList], udp_idle: float = IDLE) -> None:
         self._allowed = allowed
         self.udp_idle = udp_idle
+        self._resolver = Resolver()
         self._open: dict[socket.socket, _Target] = {}
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
@@ -134,12 +136,12 @@ class Targets:
         try:
             allow.check_name(host, port, protocol)
             sock = await (dial_udp if protocol == "udp" else dial)(
-                host, port, check=allow.checker(host, port, protocol)
+                host, port, check=allow.checker(host, port, protocol), resolver=self._resolver
             )
             target = _Target(session, stream._mux, host, port, protocol, _peer_address(sock))
             self._recheck(target, sock, allow)
         except StreamError as error:
-            _log_refusal(session, format_protocol(protocol) + format_hostport(host, port), error)
+            _log_refusal(session, format_protocol(protocol) + format_hostport(_readable(host), port), error)
             await stream.reject(error.code)
             return None
         self._open[sock] = target
@@ -223,6 +225,15 @@ def _refuse(target: _Target, error: StreamError) -> None:
 
 def _log_refusal(session: Session, asked: str, error: StreamError) -> None:
     session.log.warning("refused %s a stream to %s: %s", session.peer_name, asked, error)
+
+
+def _readable(host: str) -> str:
+    """A host as it may stand in the log: what a peer calls one can be any text."""
+    try:
+        parse_host(host)
+    except ConfigurationError:
+        return quote(host)
+    return host
 
 
 def _peer_address(sock: socket.socket) -> IPAddress | None:

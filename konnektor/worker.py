@@ -30,6 +30,7 @@ from konnektor.handshake import explain, with_alerts
 from konnektor.limits import Limits
 from konnektor.policy import AllowList, AllowRule
 from konnektor.priorities import PriorityRule
+from konnektor.resolver import Resolver
 from konnektor.router import Route, as_routes
 from konnektor.session import INSTANCE, SOFTWARE, Session
 from konnektor.settings import Settings
@@ -135,6 +136,8 @@ class Worker(Endpoint):
         """Up, on the connection that was to resume another, and not yet known to who keeps a session up."""
         self._resuming = {address: Backoff(last=LAST_RESUMING) for address in self._addresses}
         self._links: list[asyncio.Task[None]] = []
+        # Not that of the targets: whatever peers ask for, there is a way back to the control plane.
+        self._resolver = Resolver()
         self._error: KonnektorError | None = None
 
     def set_allow(self, rules: Iterable[AllowRule | str]) -> None:
@@ -298,7 +301,7 @@ class Worker(Endpoint):
 
     async def _dial(self, address: tuple[str, int], peer: str) -> socket.socket:
         try:
-            return await dial(*address, within=self.limits.hello_timeout)
+            return await dial(*address, within=self.limits.hello_timeout, resolver=self._resolver)
         except KonnektorError as error:
             raise HandshakeError(f"cannot reach {peer}: {_obstacle(error, format_hostport(*address))}") from error
 

@@ -19,6 +19,7 @@ from konnektor.frontends.udp_forward import UdpForward
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
 from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.listening import Acceptor, bind_tcp, bind_udp, bind_unix, bound_name
+from konnektor.newcomers import Newcomers, Place
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session
 from konnektor.socket_transport import SocketTransport
@@ -29,8 +30,6 @@ __all__ = ["Clients"]
 
 TLS_TIMEOUT: Final = 10.0
 """Seconds that a client of an ``https://`` frontend has for its handshake, and to close."""
-
-Factory = Callable[[], HttpConnect | ForwardSplice]
 
 logger: Final = logging.getLogger("konnektor.clients")
 
@@ -46,11 +45,13 @@ class Clients:
     def __init__(self, opener: Opener, session_of: Callable[[str], Session]) -> None:
         self._opener = opener
         self._session_of = session_of
-        self._acceptors: list[Acceptor] = []
+        self._closers: list[Callable[[], object]] = []
+        """Of what listens."""
         self._contexts: list[ReloadingContext] = []
         self._here: set[asyncio.Transport | SocketTransport] = set()
         self._udp: set[UdpForward] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], HttpConnect] = {}
         self._left = False
         self._changes = Changes()
 
@@ -70,22 +71,26 @@ class Clients:
             return await self._listen_udp(sockets, choose, Udp(forward.host, forward.port), refused)
         request = Tcp(forward.host, forward.port)
 
-        def make() -> ForwardSplice:
-            return ForwardSplice(choose, request, refused)
+        def accepted(sock: socket.socket, _address: Any) -> None:
+            client = ForwardSplice(choose, request, refused)
+            self._add(client, SocketTransport(sock, client.local))
 
-        return self._listen(await bind_tcp(forward.listen_host, forward.listen_port), make)
+        sockets = await bind_tcp(forward.listen_host, forward.listen_port)
+        self._check_here(sockets)
+        name = self._set_up(sockets)
+        self._closers += [Acceptor(sock, accepted, modest=True).close for sock in sockets]
+        return name
 
     async def add_frontend(self, frontend: Frontend) -> str:
         """Serves HTTP CONNECT; see ``ControlPlane.add_frontend``."""
         self._check_here()
-        make = partial(HttpConnect, self._opener, self._spawn)
         if isinstance(frontend, UnixFrontend):
-            return self._listen([bind_unix(frontend.path)], make)
+            return self._listen([bind_unix(frontend.path)])
         context = None
         if isinstance(frontend, HttpsFrontend):
             files = frontend.cert, frontend.key, frontend.client_ca
             context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
-        name = self._listen(await bind_tcp(frontend.host, frontend.port), make, context)
+        name = self._listen(await bind_tcp(frontend.host, frontend.port), context)
         if context is not None:
             self._contexts.append(context)
             context.watch()
@@ -98,15 +103,21 @@ class Clients:
                 sock.close()
             raise SessionClosedError("the control plane is closed")
 
-    def _listen(self, sockets: list[socket.socket], make: Factory, context: ReloadingContext | None = None) -> str:
+    def _listen(self, sockets: list[socket.socket], context: ReloadingContext | None = None) -> str:
         self._check_here(sockets)
-        name = bound_name(sockets[0])
+        name = self._set_up(sockets)
+        newcomers = Newcomers(sockets, partial(self._heard, context), modest=True)
+        # Those that have said nothing can be told the end, but for TLS.
+        self._closers.append(partial(newcomers.close, hear=context is None))
+        return name
+
+    @staticmethod
+    def _set_up(sockets: list[socket.socket]) -> str:
         for sock in sockets:
             if sock.family != socket.AF_UNIX:
                 # For every client at once: what a listening socket has, the kernel gives to those that it accepts.
                 set_options(sock)
-            self._acceptors.append(Acceptor(sock, partial(self._accepted, make, context)))
-        return name
+        return bound_name(sockets[0])
 
     async def _listen_udp(
         self,
@@ -135,25 +146,39 @@ class Clients:
         self._udp.discard(forward)
         self._changes.notify()
 
-    def _accepted(self, make: Factory, context: ReloadingContext | None, sock: socket.socket, address: Any) -> None:
-        client = make()
+    def _heard(self, context: ReloadingContext | None, sock: socket.socket, address: Any, place: Place) -> None:
+        client = HttpConnect(self._opener, partial(self._asked, place))
         if context is None:
-            protocol = client if isinstance(client, HttpConnect) else client.local
-            self._add(client, SocketTransport(sock, protocol))
+            self._add(client, SocketTransport(sock, client), place)
             return
-        assert isinstance(client, HttpConnect)
-        task = self._spawn(self._secure(client, context, sock, f"the client at {format_hostport(*address[:2])}"))
-        task.add_done_callback(lambda _: self._forget_unless_up(client, sock))
+        peer = f"the client at {format_hostport(*address[:2])}"
+        task = self._spawn(self._secure(client, context, sock, peer, place))
+        self._handshakes[task] = client
+        task.add_done_callback(partial(self._secured, sock, place))
 
-    def _add(self, client: HttpConnect | ForwardSplice, transport: asyncio.Transport | SocketTransport) -> None:
+    def _asked(self, place: Place, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """The client has said what it wants, and this serves it."""
+        place.leave()
+        return self._spawn(coroutine)
+
+    def _add(
+        self,
+        client: HttpConnect | ForwardSplice,
+        transport: asyncio.Transport | SocketTransport,
+        place: Place | None = None,
+    ) -> None:
         self._here.add(transport)
-        client.on_closed = partial(self._gone, transport)
+        client.on_closed = partial(self._gone, transport, place)
 
-    def _gone(self, transport: asyncio.Transport | SocketTransport) -> None:
+    def _gone(self, transport: asyncio.Transport | SocketTransport, place: Place | None) -> None:
         self._here.discard(transport)
+        if place is not None:
+            place.leave()
         self._changes.notify()
 
-    async def _secure(self, client: HttpConnect, context: ReloadingContext, sock: socket.socket, peer: str) -> None:
+    async def _secure(
+        self, client: HttpConnect, context: ReloadingContext, sock: socket.socket, peer: str, place: Place
+    ) -> None:
         """The TLS handshake of a client, or one line that says why not."""
         loop = asyncio.get_running_loop()
         tls = with_alerts(context.get(), sock)
@@ -172,12 +197,17 @@ class Clients:
                 logger.warning("refused a connection: %s", explain(error, peer))
             return
         if client.transport is not None:
-            self._add(client, client.transport)
+            self._add(client, client.transport, place)
 
-    @staticmethod
-    def _forget_unless_up(client: HttpConnect, sock: socket.socket) -> None:
-        """Closes the socket of a handshake that failed, or that was cancelled before it began."""
-        if client.transport is None:
+    def _secured(self, sock: socket.socket, place: Place, task: asyncio.Task[None]) -> None:
+        """Closes the socket of a handshake that failed, or that was cancelled."""
+        client = self._handshakes.pop(task)
+        if client.on_closed is not None:  # it is here
+            return
+        place.leave()
+        if client.transport is not None:  # it was through at that very moment
+            client.transport.abort()
+        else:
             sock.close()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -191,14 +221,16 @@ class Clients:
     def leave(self) -> None:
         """Takes no more clients, and tells those that have not asked for anything yet."""
         self._left = True
-        for acceptor in self._acceptors:
-            acceptor.close()
+        for close in self._closers:
+            close()
         for context in self._contexts:
             context.stop()
         for transport in list(self._here):
             protocol = transport.get_protocol()
             if isinstance(protocol, HttpConnect):
                 protocol.leave()
+        for client in self._handshakes.values():
+            client.leave()
         for forward in list(self._udp):
             forward.leave()
 
@@ -215,7 +247,9 @@ class Clients:
             task.cancel()
 
     async def wait_closed(self) -> None:
-        """Waits until every client is gone. Cancelling is safe."""
+        """Waits until every client is gone, but for those that are in their TLS handshakes: they go. Cancelling is safe."""
+        for task in self._handshakes:
+            task.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._changes.wait_for(lambda: not self._here and not self._udp)

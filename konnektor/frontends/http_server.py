@@ -57,6 +57,7 @@ class HttpConnect(asyncio.BufferedProtocol):
         self._answered = False
         self._refused = False
         self._half_closed = False
+        self._leaving = False
         self.on_closed: Callable[[], object] | None = None
         self.transport: asyncio.Transport | None = None
 
@@ -75,6 +76,8 @@ class HttpConnect(asyncio.BufferedProtocol):
                 check_frontend_client(ssl_object)
             except CertificateError as error:
                 self._refuse(error)
+        if self._leaving:
+            self.leave()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return scratch().view[:EARLY]
@@ -121,8 +124,9 @@ class HttpConnect(asyncio.BufferedProtocol):
     # What becomes of a request
 
     def leave(self) -> None:
-        """The frontend takes no more requests; one that is here is served."""
-        if self._parser is not None:
+        """The frontend takes no more requests; one that is here is served. Before its TLS handshake, it is told after it."""
+        self._leaving = True
+        if self._parser is not None and self.transport is not None:
             self._refuse(BadRequest(503, "Shutting Down"))
 
     def _stop_timer(self) -> None:

@@ -33,6 +33,9 @@ from tests.endpoints.parts import (
     unused_port,
 )
 
+BEGUN = b"\x16\x03\x01\x02"
+"""The first bytes of a TLS handshake."""
+
 
 @contextlib.asynccontextmanager
 async def another_process(plane, files, monkeypatch, **kwargs):
@@ -165,10 +168,21 @@ async def test_a_look_at_whether_the_port_is_open_is_no_warning(certs, log, capl
     assert [record.levelname for record in caplog.records if "the client at" in record.getMessage()] == [level]
 
 
-async def test_a_client_that_says_nothing(certs, log):
+async def test_a_client_that_says_nothing(certs, log, monkeypatch):
+    monkeypatch.setattr("konnektor.newcomers.FIRST_BYTE", 0.1)
+    plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
+    async with plane, connection_to(plane) as (reader, _):
+        assert await reader.read() == b""
+    assert any(
+        "refused a connection: the client at 127.0.0.1:" in line and "nothing for 0.1 s" in line for line in log()
+    )
+
+
+async def test_a_client_that_begins_a_handshake_and_no_more(certs, log):
     limits = kk.Limits(hello_timeout=0.2)
     plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane, limits=limits)
-    async with plane, connection_to(plane) as (reader, _):
+    async with plane, connection_to(plane) as (reader, writer):
+        writer.write(BEGUN)
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
         await until(log)
@@ -214,9 +228,11 @@ async def test_a_worker_that_speaks_garbage_after_tls(certs, log):
 
 
 async def test_more_handshakes_than_may_be_at_once_wait(certs, monkeypatch):
-    monkeypatch.setattr("konnektor.control_plane.HANDSHAKES", 2)
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 2)
     async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, contextlib.AsyncExitStack() as stack:
         idle = [await stack.enter_async_context(connection(plane.address)) for _ in range(2)]
+        for _, writer in idle:
+            writer.write(BEGUN)
         await until(lambda: len(plane._handshakes) == 2)
         async with kk.Worker([plane.address], tls=certs.worker()) as worker:
             await asyncio.sleep(0.02)
@@ -225,10 +241,33 @@ async def test_more_handshakes_than_may_be_at_once_wait(certs, monkeypatch):
             await worker.wait_connected()
 
 
+async def test_workers_get_in_while_silent_strangers_fill_all_places(certs, monkeypatch, log):
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 8)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane, contextlib.AsyncExitStack() as stack:
+
+        async def stranger():
+            while True:
+                async with connection(plane.address) as (reader, _):
+                    await reader.read()
+
+        strangers = [asyncio.create_task(stranger()) for _ in range(12)]
+        stack.push_async_callback(give_up, strangers)
+        await until(lambda: any("of those that are silent the oldest go" in line for line in log()))
+        async with kk.Worker([plane.address], tls=certs.worker()) as worker:
+            assert await worker.wait_connected()
+
+
+async def give_up(tasks):
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_closing_while_handshakes_are_under_way(certs):
     plane = kk.ControlPlane("127.0.0.1:0", tls=certs.plane)
-    async with plane, connection_to(plane), connection_to(plane) as (reader, _):
-        await until(lambda: len(plane._handshakes) == 2)
+    async with plane, connection_to(plane), connection_to(plane) as (reader, writer):
+        writer.write(BEGUN)
+        await until(lambda: len(plane._handshakes) == 1 and len(plane._newcomers) == 2)
         with socket.create_connection(plane.address.split(":")):  # perhaps not accepted yet
             await plane.aclose()
         with contextlib.suppress(ConnectionError):

@@ -14,6 +14,7 @@ from konnektor.frontends.http_connect import MAX_HEAD
 from konnektor.frontends.http_server import EARLY, HttpConnect
 from tests.endpoints.parts import (
     ESTABLISHED,
+    PATIENCE,
     Banner,
     Goodbye,
     Resetting,
@@ -159,6 +160,51 @@ async def test_a_client_that_says_nothing(certs, frontend, monkeypatch):
         async with connection(where, **frontend.client) as (reader, writer):
             writer.write(b"CONNECT 127")
             assert await reader.readline() == b"HTTP/1.1 408 Request Timeout\r\n"
+
+
+async def test_clients_that_have_not_asked_are_bounded(certs, frontend, monkeypatch):
+    """Beyond as many as may be at once others wait until one has asked, or is gone; who has asked counts no more."""
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 2)
+    async with target() as echo, tunnel(certs) as t, contextlib.AsyncExitStack() as stack:
+        where = await t.plane.add_frontend(frontend.url)
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        for _ in range(3):
+            await stack.enter_async_context(connected(where, to, **frontend.client))
+        slow = []
+        for _ in range(2):
+            slow.append(await stack.enter_async_context(connection(where, **frontend.client)))
+            slow[-1][1].write(b"CONNECT 127")
+        await until(lambda: len(t.plane._clients._here) == 5)
+        asking = asyncio.create_task(ask(where, to, **frontend.client))
+        await asyncio.sleep(0.02)
+        assert len(t.plane._clients._here) == 5 and not asking.done()
+        slow[0][1].write(connect_head(to).removeprefix(b"CONNECT 127"))
+        assert await asking == "HTTP/1.1 200 Connection Established"
+        asking = asyncio.create_task(ask(where, to, **frontend.client))
+        assert await slow[0][0].readuntil(b"\r\n\r\n") == ESTABLISHED
+        assert await asking == "HTTP/1.1 200 Connection Established"
+
+
+async def test_silent_clients_keep_no_other_out(certs, frontend, monkeypatch):
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 2)
+    async with target() as echo, tunnel(certs) as t, contextlib.AsyncExitStack() as stack:
+        where = await t.plane.add_frontend(frontend.url)
+        silent = [await stack.enter_async_context(connection(where)) for _ in range(10)]
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        assert await ask(where, to, **frontend.client) == "HTTP/1.1 200 Connection Established"
+        assert await silent[0][0].read() == b""
+
+
+async def test_failed_handshakes_take_no_place(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.newcomers.PLACES", 1)
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        for _ in range(3):
+            async with connection(where) as (reader, writer):
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        assert await ask(where, to, **https_client(certs)) == "HTTP/1.1 200 Connection Established"
 
 
 async def test_early_data(certs, frontend):
@@ -425,7 +471,7 @@ async def test_drain(certs, frontend):
             connection(where, **frontend.client) as (idle, idle_writer),
             connected(where, to, **frontend.client) as (reader, writer),
         ):
-            await until(lambda: len(t.plane._clients._here) == 2)
+            await until(lambda: len(t.plane._clients._here) == 1 + frontend.tls)
             draining = asyncio.create_task(t.plane.drain(30))
             assert await idle.readline() == b"HTTP/1.1 503 Shutting Down\r\n"
             idle_writer.close()
@@ -565,10 +611,100 @@ async def test_a_frontend_whose_own_certificate_has_no_trust_domain(tmp_path):
             assert await ask(where, "x:1", **client) == status
 
 
+class Handshaking:
+    """A client in the midst of its TLS handshake: its first bytes are there, and it goes on when told to."""
+
+    def __init__(self, where, certs):
+        tls = https_client(certs)
+        self._outgoing = ssl.MemoryBIO()
+        self._incoming = ssl.MemoryBIO()
+        self._object = tls["ssl"].wrap_bio(self._incoming, self._outgoing, server_hostname=tls["server_hostname"])
+        self._sock = socket.create_connection(("127.0.0.1", int(where.rpartition(":")[2])))
+        self._sock.setblocking(False)
+        self._try(self._object.do_handshake)
+        self._hello = self._outgoing.read()
+        self._sock.send(self._hello[:10])
+
+    def _try(self, do):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            return do()
+
+    async def ask(self, to):
+        """The rest of the handshake, with the request behind it in one piece; returns what comes of it."""
+        loop = asyncio.get_running_loop()
+        self._sock.send(self._hello[10:])
+        while True:
+            self._incoming.write(await loop.sock_recv(self._sock, 65536))
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            break
+        self._object.write(connect_head(to))
+        self._sock.send(self._outgoing.read())
+        while True:
+            if (answer := self._try(lambda: self._object.read(1000))) is not None:
+                return answer
+            self._incoming.write(await loop.sock_recv(self._sock, 65536))
+
+    def close(self):
+        self._sock.close()
+
+
+async def test_a_client_in_its_handshake_does_not_hold_up_the_end(certs, monkeypatch):
+    monkeypatch.setattr("konnektor.frontends.clients.TLS_TIMEOUT", 1000.0)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        where = await plane.add_frontend(https_url(certs))
+        with contextlib.closing(Handshaking(where, certs)):
+            await until(lambda: plane._clients._handshakes)
+            async with asyncio.timeout(PATIENCE):
+                await plane.drain(1000)
+            assert not plane._clients._handshakes
+
+
+async def test_a_client_that_finishes_its_handshake_while_the_frontend_leaves_is_told(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **https_client(certs)) as (_, writer):
+            with contextlib.closing(Handshaking(where, certs)) as late:
+                await until(lambda: t.plane._clients._handshakes)
+                draining = asyncio.create_task(t.plane.drain(30))
+                await asyncio.sleep(0)
+                assert (await late.ask(to)).startswith(b"HTTP/1.1 503 Shutting Down\r\n")
+                assert len(echo.made) == 1
+            writer.close()
+            await draining
+
+
+async def test_cancelled_as_its_handshake_is_done(certs):
+    """In the very turn of the loop: nothing is left of the client."""
+    async with tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        clients = t.plane._clients
+        made = []
+
+        class Client(HttpConnect):
+            def connection_made(self, transport):
+                super().connection_made(transport)
+                made.append(self)
+                for task in clients._handshakes:
+                    task.cancel()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("konnektor.frontends.clients.HttpConnect", Client)
+            with contextlib.suppress(OSError):
+                async with connection(where, **https_client(certs)) as (reader, _):
+                    assert await reader.read() == b""
+        await until(lambda: made and made[0].transport is None)
+        assert not clients._handshakes and not clients._here
+
+
 async def test_closing_during_a_handshake(certs):
     async with tunnel(certs) as t:
         where = await t.plane.add_frontend(https_url(certs))
-        async with connection(where) as (reader, _):
+        async with connection(where) as (reader, writer):
+            writer.write(b"\x16\x03\x01\x02")
             await until(lambda: t.plane._clients._tasks)
             await t.plane.aclose()
             with contextlib.suppress(ConnectionError):

@@ -1,15 +1,18 @@
 """Listening sockets: which addresses, whose file, and what happens when descriptors run out."""
 
 import asyncio
+import contextlib
 import errno
 import os
+import resource
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from konnektor.errors import ListenError
-from konnektor.listening import Acceptor, bind_tcp, bind_unix, bound_name
+from konnektor.listening import Acceptor, _allowance, bind_tcp, bind_unix, bound_name
 from tests.endpoints.parts import until
 
 
@@ -30,14 +33,10 @@ async def names(host, port=0):
 
 
 def resolve_to(monkeypatch, *addresses):
-    async def getaddrinfo(host, port, **_):
-        families = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
-        return [
-            (family, socket.SOCK_STREAM, 6, "", (address, port))
-            for family, address in zip(families, addresses, strict=True)
-        ]
+    def getaddrinfo(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 async def test_every_address_of_a_name_on_one_port():
@@ -97,19 +96,11 @@ async def test_addresses_that_this_machine_lacks_are_left_out(monkeypatch):
                 raise OSError(errno.EADDRNOTAVAIL, "no")
             super().bind(address)
 
-    async def getaddrinfo(host, port, **_):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.9", "127.0.0.1")]
-
+    resolve_to(monkeypatch, "127.0.0.9", "127.0.0.1")
     monkeypatch.setattr("konnektor.listening.socket.socket", WithoutSome)
-    loop = asyncio.get_running_loop()
-
-    class Loop:
-        get_running_loop = staticmethod(lambda: type("L", (), {"getaddrinfo": staticmethod(getaddrinfo)}))
-
-    monkeypatch.setattr("konnektor.listening.asyncio", Loop)
     (sock,) = await bind_tcp("name.test", 0)
-    sock.close()
-    assert loop is not None and sock.fileno() < 0
+    with sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -123,14 +114,8 @@ async def test_the_free_port_may_be_taken_on_the_next_address(monkeypatch, alway
                 raise OSError(errno.EADDRINUSE, "taken")
             super().bind(address)
 
-    async def getaddrinfo(host, port, **_):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("127.0.0.1", "127.0.0.2")]
-
-    class Loop:
-        get_running_loop = staticmethod(lambda: type("L", (), {"getaddrinfo": staticmethod(getaddrinfo)}))
-
+    resolve_to(monkeypatch, "127.0.0.1", "127.0.0.2")
     monkeypatch.setattr("konnektor.listening.socket.socket", Taken)
-    monkeypatch.setattr("konnektor.listening.asyncio", Loop)
     if always:
         with pytest.raises(ListenError, match="in use"):
             await bind_tcp("name.test", 0)
@@ -244,6 +229,58 @@ async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
         acceptor.close()
     for sock in accepted:
         sock.close()
+
+
+async def test_a_modest_listener_leaves_the_last_descriptors_to_others(monkeypatch, caplog):
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    accepted = []
+    (listener,), (other,) = await bind_tcp("127.0.0.1", 0), await bind_tcp("127.0.0.1", 0)
+    with socket.socket() as lowest, contextlib.ExitStack() as stack:
+        free = lowest.fileno()
+        monkeypatch.setattr("konnektor.listening._allowance", lambda: free)
+        modest = Acceptor(listener, lambda sock, _: accepted.append(sock), modest=True)
+        client = stack.enter_context(socket.create_connection(listener.getsockname()))
+        client.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
+        greedy = Acceptor(other, lambda sock, _: accepted.append(sock))
+        stack.enter_context(socket.create_connection(other.getsockname()))
+        await until(lambda: accepted)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"cannot accept on {modest.name}: the last descriptors are kept for workers; raise the limit of open files"
+        ]
+        monkeypatch.setattr("konnektor.listening._allowance", lambda: 1 << 20)
+        stack.enter_context(socket.create_connection(listener.getsockname()))
+        await until(lambda: len(accepted) == 2)
+    for acceptor in (modest, greedy):
+        acceptor.close()
+    for sock in accepted:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "allowed"), [(80, 60), (1024, 768), (1 << 19, (1 << 19) - 1024), (resource.RLIM_INFINITY, sys.maxsize)]
+)
+def test_how_many_descriptors_are_for_modest_listeners(monkeypatch, soft, allowed):
+    monkeypatch.setattr("konnektor.listening.resource.getrlimit", lambda _: (soft, soft))
+    assert _allowance() == allowed
+
+
+async def test_the_end_of_a_pause_for_descriptors_does_not_end_another(monkeypatch):
+    """Resumed by its owner meanwhile, and paused again, it stays so."""
+    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    accepted = []
+    listener = await scripted(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    acceptor = Acceptor(listener, lambda sock, _: accepted.append(sock))
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: listener.accepts)
+        acceptor.resume()
+        acceptor.pause()
+        await asyncio.sleep(0.05)
+        assert listener.accepts == 1
+        acceptor.resume()
+        await until(lambda: accepted)
+    acceptor.close()
+    accepted[0].close()
 
 
 async def test_an_error_of_one_connection_is_no_reason_to_stop():

@@ -44,11 +44,12 @@ def plane(start, certs):
 
 @pytest.fixture
 def worker(start, certs):
-    def worker(plane, *arguments, allow="127.0.0.1:*", wait=True, **kwargs):
+    def worker(plane, *arguments, allow="127.0.0.1:*", wait=True, name="node-1", **kwargs):
         connect = plane.where["tunnel"][0]
-        process = start("worker", "--connect", connect, "--allow", allow, *flags(certs.worker()), *arguments, **kwargs)
+        identity = flags(certs.worker(name))
+        process = start("worker", "--connect", connect, "--allow", allow, *identity, *arguments, **kwargs)
         if wait:
-            assert process.ready() == {"worker": ["node-1"], "connected": [connect]}
+            assert process.ready() == {"worker": [name], "connected": [connect]}
         return process
 
     return worker
@@ -398,15 +399,26 @@ def test_a_worker_out_of_descriptors_refuses(plane, worker, web):
     assert 10 < answers.count(ESTABLISHED) < 40
 
 
-def test_a_control_plane_out_of_descriptors_waits(plane, worker, web):
-    control_plane = plane("--frontend", "http://127.0.0.1:0", descriptors=40)
+@pytest.mark.parametrize("kind", ["frontend", "forward"])
+def test_clients_leave_descriptors_to_workers(plane, worker, web, kind):
+    flag = f"127.0.0.1:0=node-1/127.0.0.1:{web}" if kind == "forward" else "http://127.0.0.1:0"
+    control_plane = plane("--frontend", "http://127.0.0.1:0", f"--{kind}", flag, descriptors=80)
     worker(control_plane)
-    where = control_plane.where["http"][0]
+    where = control_plane.where["http" if kind == "frontend" else kind][-1].partition("->")[0]
     with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(socket.create_connection(address(where)))
-        wait_for_line(control_plane, f"cannot accept on {where}: Too many open files")
-    answer = connect_status(where, f"127.0.0.1.node-1.konnektor.internal:{web}")
-    assert answer == b"HTTP/1.1 200 Connection Established\r\n"
+        for _ in range(90):
+            sock = stack.enter_context(socket.create_connection(address(where)))
+            if kind == "frontend":
+                sock.sendall(connect_head(f"127.0.0.1.node-1.konnektor.internal:{web}"))
+        wait_for_line(
+            control_plane,
+            f"cannot accept on {where}: the last descriptors are kept for workers; raise the limit of open files",
+        )
+        worker(control_plane, name="node-2")
+    # What was open ends, and it serves again.
+    answer = b""
+    while answer != b"HTTP/1.1 200 Connection Established\r\n":
+        with contextlib.suppress(ConnectionError):
+            answer = connect_status(control_plane.where["http"][0], f"127.0.0.1.node-1.konnektor.internal:{web}")
     assert control_plane.log.read_text().count("cannot accept") < 5
     control_plane.stop()

@@ -90,6 +90,17 @@ async def test_the_deadline_ends_a_dial(certs):
             await until(lambda: at_rest(t))
 
 
+@pytest.mark.parametrize("host", ["evil\rINFO forged", "\x1b[2Jred", "a\u2028b", "a\nb:c", "127.1"])
+async def test_what_a_peer_calls_a_host_is_quoted_in_the_log(certs, log, host):
+    async with tunnel(certs) as t:
+        for open_stream in (t.session.open_tcp, t.session.open_udp):
+            with pytest.raises(kk.StreamError):
+                await open_stream(host, 80)
+        await until(lambda: sum("refused cp a stream to" in line for line in log()) == 2)
+    assert all(line.isprintable() for line in log())
+    assert any(f"refused cp a stream to {host!a}:80: " in line or f"[{host!a}]:80: " in line for line in log())
+
+
 @pytest.mark.parametrize("end", ["close", "abort", "drain"])
 async def test_the_session_ends_while_a_target_is_dialed(certs, end):
     with silent("127.0.0.1") as port:

@@ -5,6 +5,7 @@ import errno
 import math
 import re
 import socket
+import threading
 
 import anyio
 import pytest
@@ -510,3 +511,37 @@ async def test_aclose_while_dialing(certs):
 def test_an_endpoint_is_abstract():
     with pytest.raises(TypeError):
         Endpoint()
+
+
+async def test_names_that_peers_ask_for_do_not_stand_in_the_way_back(certs, monkeypatch):
+    """Whose servers are dead; of other such names no more are taken than may wait, and the peer hears of it at once."""
+    getaddrinfo, answer, asked = socket.getaddrinfo, threading.Event(), []
+
+    def asking(host, port, **options):
+        asked.append(host)
+        if host.endswith(".example"):
+            answer.wait()
+        return getaddrinfo("127.0.0.1", port, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", asking)
+    monkeypatch.setattr("konnektor.resolver.THREADS", 1)
+    monkeypatch.setattr("konnektor.resolver.WAITING", 1)
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        where = plane.address.replace("127.0.0.1", "localhost")
+        allow = [kk.parse_allow("*.example:80")]
+        async with kk.Worker([where], tls=certs.worker(), allow=allow, server_name="127.0.0.1") as worker:
+            session = await plane.wait_for("node-1")
+            opening = [asyncio.create_task(session.open_tcp(f"{name}.example", 80)) for name in ("a", "b")]
+            try:
+                await until(lambda: asked[-1] == "a.example" and worker.sessions[0].stream_count == 2)
+                with pytest.raises(kk.LimitError) as refused:
+                    await session.open_tcp("c.example", 80)
+                assert refused.value.refused
+                before = session.stats().resumed
+                session._driver.transport.abort()
+                await until(lambda: session.stats().resumed > before)
+            finally:
+                for task in opening:
+                    task.cancel()
+                await asyncio.gather(*opening, return_exceptions=True)
+                answer.set()

@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
@@ -98,8 +99,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Has names resolve to the given addresses."""
 
     def install(*hosts: str) -> None:
-        async def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
-            await asyncio.sleep(0)
+        def getaddrinfo(host: str, port: int, **options: Any) -> list[Any]:
             return [
                 (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (h, port, 0, 0))
                 if ":" in h
@@ -107,7 +107,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 for h in hosts
             ]
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
     return install
 
@@ -238,12 +238,11 @@ async def test_silence_of_all_addresses_ends_at_the_deadline(resolve: Callable[.
 
 
 async def test_the_deadline_covers_the_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def getaddrinfo(*args: Any, **options: Any) -> Any:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    answer = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer.wait() and [])
     with pytest.raises(DialTimeoutError):
         await dial("db.example", 9, within=0.05)
+    answer.set()
 
 
 async def test_a_callers_own_timeout_stays_the_callers() -> None:
@@ -257,17 +256,17 @@ async def test_unresolved_names(monkeypatch: pytest.MonkeyPatch, resolve: Callab
     with pytest.raises(DNSError, match=r"db\.example has no address"):
         await dial("db.example", 9)
 
-    async def getaddrinfo(*args: Any, **options: Any) -> Any:
+    def getaddrinfo(*args: Any, **options: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(DNSError, match=r"db\.example did not resolve: Name or service not known"):
         await dial("db.example", 9)
 
 
 @pytest.mark.parametrize("host", ["127.1", "0x7f000001", "2130706433", "::1%lo", "a b", ""])
 async def test_what_is_neither_name_nor_address_reaches_no_resolver(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
     with pytest.raises(DNSError, match="neither"):
         await dial(host, 9)
 
@@ -275,11 +274,11 @@ async def test_what_is_neither_name_nor_address_reaches_no_resolver(host: str, m
 async def test_the_resolver_gets_the_trailing_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    async def getaddrinfo(host: str, *args: Any, **options: Any) -> Any:
+    def getaddrinfo(host: str, *args: Any, **options: Any) -> Any:
         asked.append(host)
         return []
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with pytest.raises(DNSError):
         await dial("db.example.", 9)
     assert asked == ["db.example."]
