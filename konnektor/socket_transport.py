@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -67,7 +68,9 @@ class SocketTransport:
         "_buffer",
         "_buffered",
         "_closing",
+        "_ended",
         "_eof",
+        "_error",
         "_fd",
         "_lost",
         "_poller",
@@ -89,6 +92,8 @@ class SocketTransport:
         self._watched = UNWATCHED
         self._closing = False
         self._eof = False
+        self._ended = False
+        self._error: OSError | None = None
         self._lost = False
         self._poller.add(self._fd, self, READ)
         self._watched = READ
@@ -109,31 +114,34 @@ class SocketTransport:
             if events != WRITE:
                 self._readable()
         elif events & FAILED and not self._closing:
-            self._failed()
+            self._failed(events)
         elif events & READ:
             # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
             self._watch(self._watched & ~READ)
         if self._buffer is not None and events != READ and (self._closing or not events & FAILED):
             self._writable()
 
-    def _failed(self) -> None:
+    def _failed(self, events: int) -> None:
         """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does."""
+        if events & select.EPOLLERR and self._error is None:
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._error = OSError(code, os.strerror(code)) if code else None
+        if self._buffer is not None:
+            self._writable()  # which says why nobody takes it
+            return
         try:
-            if self._sock.recv(1, socket.MSG_PEEK):
-                self._unwatch()  # or it would be told for ever
-                return
-            # Behind an end that was read, recv() tells of nothing else.
-            if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, os.strerror(code))
+            unread = self._sock.recv(1, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self._break(error)
             return
-        if self._buffer is None:
-            self._unwatch()
+        if unread or self._error is None:
+            self._unwatch()  # or it would be told for ever
+        elif self._ended:
+            self._break(self._error)
         else:
-            self._writable()  # which says why nobody takes it
+            self._readable()  # an end takes no room
 
     def _watch(self, events: int) -> None:
         watched = self._watched
@@ -172,14 +180,25 @@ class SocketTransport:
             self._break(error)
             return
         if not count:
-            self._reading = False
-            self._watch(self._watched & ~READ)
-            if not protocol.eof_received():
-                self.close()
+            self._end()
         elif data:
             protocol.data_received(data)
         else:
             protocol.buffer_updated(count)
+
+    def _end(self) -> None:
+        error = self._error
+        if error is not None and not isinstance(error, BrokenPipeError):
+            # No end: the reset has been told already, and the kernel tells it once. EPIPE is one that came behind a FIN.
+            self._break(error)
+            return
+        self._reading = False
+        self._ended = True
+        self._watch(self._watched & ~READ)
+        if not self._protocol.eof_received():
+            self.close()
+        elif error is not None:
+            self._break(error)
 
     def is_reading(self) -> bool:
         return self._reading
@@ -206,7 +225,7 @@ class SocketTransport:
         except (BlockingIOError, InterruptedError):
             count = 0
         except OSError as error:
-            self._break(error)
+            self._refused(error)
             return
         if count < len(data):
             self._buffer = bytearray(memoryview(data)[count:])
@@ -221,7 +240,7 @@ class SocketTransport:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._break(error)
+            self._refused(error)
             return
         del buffer[:count]
         if buffer:
@@ -235,6 +254,19 @@ class SocketTransport:
         if self._eof:
             self._shut_down()
         self._protocol.resume_writing()
+
+    def _refused(self, error: OSError) -> None:
+        """The other end takes no more. What it said before that is often why: it is read, and the end of that tells."""
+        if self._closing or self._ended or not isinstance(error, (ConnectionError, TimeoutError)):
+            self._break(error)
+            return
+        self._error = self._error or error.with_traceback(None)  # no cycle for the collector
+        self._eof = True  # drops what is written from now on
+        paused, self._buffer = self._buffer is not None, None
+        # Also if it was not watched: that it has failed is told once more.
+        self._watch(READ if self._reading else 0)
+        if paused:
+            self._protocol.resume_writing()
 
     def can_write_eof(self) -> bool:
         return True

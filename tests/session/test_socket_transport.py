@@ -343,6 +343,89 @@ async def test_what_came_before_a_reset_is_read_though_something_was_still_to_be
         assert isinstance(error, ConnectionError)
 
 
+@pytest.mark.parametrize("paused", [False, True])
+async def test_what_came_before_a_reset_is_read_though_writing_meets_it_first(paused, epolls):
+    with joined(tcp=True) as (transport, recorder, far):
+        far.send(b"413 too large")
+        reset(far)
+        if paused:
+            transport.pause_reading()
+        transport.write(b"the upload")
+        transport.write(b"goes on")
+        await asyncio.sleep(0.05)
+        if paused:
+            assert not recorder.received
+            assert await told(epolls) < 10
+            transport.write(b"and on")
+            assert not transport.is_closing()
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"413 too large"
+        assert isinstance(error, ConnectionResetError)
+        assert "eof" not in [event[0] for event in recorder.events]
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
+async def test_an_end_is_told_as_one_though_writing_found_the_connection_broken(tcp, paused, epolls):
+    with joined(tcp=tcp) as (transport, recorder, far):
+        if paused:
+            transport.pause_reading()
+        far.send(b"the whole answer")
+        far.close()
+        for _ in range(3):  # the first is answered by the reset
+            transport.write(b"late")
+        if paused:
+            await asyncio.sleep(0.05)
+            assert not recorder.received
+            assert await told(epolls) < 10
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"the whole answer"
+        assert isinstance(error, ConnectionError)
+        assert [event[0] for event in recorder.events].count("eof") == 1
+
+
+async def test_an_end_behind_which_the_connection_broke_is_told_though_reading_is_paused():
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.close()
+        for _ in range(3):
+            transport.write(b"late")
+        await recorder.until("eof")
+        _, error = await recorder.until("lost")
+        assert isinstance(error, BrokenPipeError)
+
+
+@pytest.mark.parametrize("reads", ["later", "now"])
+async def test_what_waits_for_an_end_that_takes_no_more_is_dropped(reads):
+    """Or whoever brought it would wait for as long as reading is paused."""
+    with joined(tcp=reads == "now") as (transport, recorder, far):
+        if reads == "later":
+            transport.pause_reading()
+        transport.write(b"x" * 30_000_000)
+        await recorder.until("pause")
+        far.send(b"the answer")
+        (reset if reads == "now" else socket.socket.close)(far)
+        await recorder.until("resume" if reads == "later" else "lost")
+        assert transport.get_write_buffer_size() == 0
+        assert recorder.received == (b"" if reads == "later" else b"the answer")
+        transport.resume_reading()
+        await recorder.until("lost")
+        assert recorder.received == b"the answer"
+
+
+async def test_an_end_that_only_takes_no_more_is_read_on(epolls):
+    with joined() as (transport, recorder, far):
+        far.shutdown(socket.SHUT_RD)
+        transport.write(b"too late")
+        assert await told(epolls) < 10
+        far.send(b"still there")
+        await recorder.until("data")
+        assert recorder.received == b"still there"
+        assert not transport.is_closing()
+
+
 async def test_closed_by_the_other_end_with_something_still_to_be_written():
     with joined() as (transport, recorder, far):
         transport.write(b"x" * 30_000_000)
