@@ -33,6 +33,8 @@ LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
 """Seconds after which it is looked again whether it has."""
+STALLED: Final = 5.0
+"""Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -55,6 +57,7 @@ class Splice:
         "_held",
         "_lingering",
         "_paused",
+        "_reset_due",
         "_stream",
         "on_closed",
         "on_connected",
@@ -72,6 +75,7 @@ class Splice:
         self._broken = False
         self._done = False
         self._lingering = False
+        self._reset_due = False
 
     @property
     def local(self) -> asyncio.Protocol:
@@ -132,6 +136,8 @@ class Splice:
         transport = self.transport
         if transport is not None and not transport.is_closing():
             transport.resume_reading()
+        elif self._reset_due and self._stream is not None:
+            self._stream.reset(self._code)
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
         if receiving:
@@ -191,12 +197,20 @@ class Splice:
         self.transport = None
         stream = self._stream
         if stream is not None and not stream.forgotten:
-            if self._broken or (exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)):
+            broken = exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)
+            if self._broken or (broken and (stream.sending is SENDING_UNSENT or not stream.queued)):
                 stream.cancel(self._code)
+            elif broken:
+                # What came before the reset is often why: it goes first.
+                self._reset_due = True
+                stream.stop(self._code)
+                stream.want_room()
             else:
                 # It came to its end, or was closed in both directions at once: what it delivered is whole.
                 stream.finish()
                 stream.stop(self._code if exc is not None else Code.CANCELLED)
+            if exc is not None and stream.queued:
+                asyncio.get_running_loop().call_later(STALLED, self._drain, stream.queued)
         self._paused = False
         if self._held and stream is not None:
             held, self._held = self._held, 0
@@ -230,6 +244,16 @@ class Splice:
                 loop.call_later(LOOK_AGAIN, self._linger, until)
             else:
                 transport.close()
+
+    def _drain(self, before: int) -> None:
+        """The socket is gone, and its last bytes go to a peer that may take none for ever."""
+        stream = self._stream
+        if stream is None or not stream.queued:
+            return
+        if stream.queued < before:
+            asyncio.get_running_loop().call_later(STALLED, self._drain, stream.queued)
+        else:
+            stream.reset(self._code)
 
     def break_off(self) -> None:
         """Ends the socket with a RST (a Unix socket knows none and is closed) and the stream with RESET."""

@@ -10,6 +10,7 @@ import resource
 import socket
 import struct
 from contextlib import asynccontextmanager
+from importlib import import_module
 
 import anyio
 import pytest
@@ -234,6 +235,53 @@ async def test_what_was_answered_before_a_reset_arrives():
                 await a.send(b"later")
                 await anyio.sleep(0.001)
         assert await until_end(a) == answer
+
+
+async def test_an_early_answer_arrives_though_the_target_closes_over_the_upload():
+    # It says why it wants no more, and closes over unread bytes: the next write finds the reset before reading does.
+    answer = b"413 too large"
+    for size in (1, 1000):
+        async with chain(tcp_socketpair) as (near, far):
+            await sendall(near, b"upload")
+            assert await recv(far, size) == b"upload"[:size]
+            far.send(answer)
+            if size > 1:
+                reset(far)
+            else:
+                far.close()
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await sendall(near, bytes(1000))
+                    await anyio.sleep(0)
+            assert await recv(near) == answer
+
+
+async def test_what_came_before_a_reset_goes_before_it():
+    answer = random.Random(11).randbytes(200_000)  # more than the stream's window
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await sendall(outer, answer)
+        await anyio.sleep(0.05)
+        reset(outer)
+        await ended.wait()
+        assert await exactly(a, 64 * 1024) == answer[: 64 * 1024]
+        with pytest.raises(kk.TargetResetError):
+            while True:
+                await a.receive()
+        with pytest.raises(kk.TargetResetError):
+            await a.send(b"no more")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_what_came_before_a_reset_is_given_up_if_the_peer_never_reads_it(finished, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "STALLED", 0.05)  # not the function
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await sendall(outer, bytes(200_000))  # more than the stream's window
+        if finished:
+            outer.shutdown(socket.SHUT_WR)
+            await anyio.sleep(0.05)
+        reset(outer)
+        await ended.wait()
+        await until(lambda: not a.session.stream_count)
 
 
 async def test_a_reset_right_behind_data():
