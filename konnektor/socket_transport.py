@@ -24,6 +24,9 @@ __all__ = ["SocketTransport"]
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
 
+PATIENCE: Final = 10.0
+"""Seconds that what came before a reset is kept for a protocol that has paused reading."""
+
 UNWATCHED: Final = -1
 """The poller does not know the socket; 0 is a socket that is watched for nothing but its failure."""
 
@@ -77,6 +80,7 @@ class SocketTransport:
         "_protocol",
         "_reading",
         "_sock",
+        "_timer",
         "_watched",
         "read_size",
     )
@@ -95,6 +99,7 @@ class SocketTransport:
         self._ended = False
         self._error: OSError | None = None
         self._lost = False
+        self._timer: asyncio.TimerHandle | None = None
         self._poller.add(self._fd, self, READ)
         self._watched = READ
         try:
@@ -122,7 +127,11 @@ class SocketTransport:
             self._writable()
 
     def _failed(self, events: int) -> None:
-        """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does."""
+        """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does.
+
+        Behind a reset not for ever: a pause may never end, as that for a target that hangs, whose clients give up one by one.
+        Where both ends have closed, what is unread is whole, and worth as much as its reader's patience.
+        """
         if events & select.EPOLLERR and self._error is None:
             code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             self._error = OSError(code, os.strerror(code)) if code else None
@@ -138,10 +147,23 @@ class SocketTransport:
             return
         if unread or self._error is None:
             self._unwatch()  # or it would be told for ever
+            if self._error is not None:
+                self._stop_timer()
+                self._timer = self._poller.loop.call_later(PATIENCE, self._give_up, self._error)
         elif self._ended:
             self._break(self._error)
         else:
             self._readable()  # an end takes no room
+
+    def _give_up(self, error: OSError) -> None:
+        self._timer = None
+        if self._watched == UNWATCHED and not self._closing:
+            self._break(error)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _watch(self, events: int) -> None:
         watched = self._watched
@@ -320,6 +342,7 @@ class SocketTransport:
         """``connection_lost``, once, and never inside the protocol's own call."""
         if not self._lost:
             self._lost = True
+            self._stop_timer()
             self._poller.loop.call_soon(self._finish, error)
 
     def _finish(self, error: Exception | None) -> None:

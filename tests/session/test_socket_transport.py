@@ -9,6 +9,7 @@ import struct
 
 import pytest
 
+from konnektor import socket_transport
 from konnektor.poller import READ
 from konnektor.socket_transport import SocketTransport
 
@@ -50,7 +51,7 @@ class Recorder(asyncio.BufferedProtocol):
         self.note("lost", exc)
 
     async def until(self, name):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while name not in [event[0] for event in self.events]:
                 self.changed.clear()
                 await self.changed.wait()
@@ -282,6 +283,63 @@ async def test_what_came_before_a_reset_is_read_though_reading_was_paused(epolls
         _, error = await recorder.until("lost")
         assert recorder.received == b"the last"
         assert isinstance(error, ConnectionError)
+
+
+@pytest.mark.parametrize("by", ["the poller", "writing"])
+async def test_a_pause_that_never_ends_does_not_hide_a_reset_for_ever(by, monkeypatch):
+    """The client of a target that hangs: it is not read, and gives up."""
+    monkeypatch.setattr(socket_transport, "PATIENCE", 0.05)
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"more than anybody reads")
+        reset(far)
+        if by == "writing":
+            transport.write(b"x")
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionResetError)
+        assert not recorder.received
+
+
+async def test_each_pause_behind_a_reset_has_its_own_time(monkeypatch):
+    monkeypatch.setattr(socket_transport, "PATIENCE", 1.0)
+
+    class Hesitant(Recorder):
+        def buffer_updated(self, nbytes):
+            super().buffer_updated(nbytes)
+            self.transport.pause_reading()
+
+    with joined(tcp=True) as (transport, _, far):
+        transport.set_protocol(recorder := Hesitant(1))
+        recorder.connection_made(transport)
+        transport.pause_reading()
+        far.send(b"ab")
+        reset(far)
+        for received in (b"", b"a"):
+            await asyncio.sleep(0.6)
+            assert recorder.received == received and not transport.is_closing()
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"ab"
+        assert isinstance(error, ConnectionResetError)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("ends", ["one", "both"])
+async def test_a_pause_over_what_is_whole_may_take_as_long_as_it_likes(tcp, ends, monkeypatch):
+    monkeypatch.setattr(socket_transport, "PATIENCE", 0.01)
+    with joined(tcp=tcp) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"the whole answer")
+        if ends == "one":
+            far.shutdown(socket.SHUT_WR)
+        else:
+            transport.write_eof()
+            far.close()
+        await asyncio.sleep(0.1)
+        assert not transport.is_closing()
+        transport.resume_reading()
+        await recorder.until("eof")
+        assert recorder.received == b"the whole answer"
 
 
 async def test_a_reset_with_nothing_left_to_read_is_noticed_while_reading_is_paused():
