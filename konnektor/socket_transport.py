@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol, cast
 
 from konnektor.poller import FAILED, READ, WRITE, poller_of
 
-__all__ = ["SocketTransport"]
+__all__ = ["SocketTransport", "unacknowledged"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
@@ -309,8 +309,7 @@ class SocketTransport:
 
     def unacknowledged(self) -> int:
         """Bytes written that the other end's kernel (of a Unix socket: its program) has not taken yet; a FIN counts as one."""
-        queued = struct.unpack("i", fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]  # SIOCOUTQ, tcp(7)
-        return self.get_write_buffer_size() + cast(int, queued)
+        return self.get_write_buffer_size() + unacknowledged(self._sock.fileno())
 
     # The end
 
@@ -367,3 +366,8 @@ class SocketTransport:
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = cast(_Protocol, protocol)
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+
+
+def unacknowledged(fd: int) -> int:
+    """Bytes of a socket's that its kernel has, and the other end's does not."""
+    return cast(int, struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0])  # SIOCOUTQ, tcp(7)

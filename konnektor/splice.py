@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import SocketTransport
+from konnektor.socket_transport import SocketTransport, unacknowledged
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Inbox, Stream
 
@@ -33,6 +34,8 @@ LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
 """Seconds after which it is looked again whether it has."""
+GIVE_UP: Final = 30.0
+"""Seconds in which a TLS client has to take something of what is left, or it is reset."""
 STALLED: Final = 5.0
 """Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
@@ -226,7 +229,11 @@ class Splice:
             self._finish()
         elif transport.is_closing() or self._lingering:
             pass
-        elif stream is None or stream.finish_wanted or not isinstance(transport, SocketTransport):
+        elif not isinstance(transport, SocketTransport):
+            self._lingering = True
+            # Not before the loop has tried to write what was written last.
+            asyncio.get_running_loop().call_soon(self._close_tls)
+        elif stream is None or stream.finish_wanted:
             transport.close()
         else:
             # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
@@ -244,6 +251,28 @@ class Splice:
                 loop.call_later(LOOK_AGAIN, self._linger, until)
             else:
                 transport.close()
+
+    def _close_tls(self, before: tuple[int, int] | None = None, since: float = 0.0, pause: float = LOOK_AGAIN) -> None:
+        """Closes TLS once the kernel has everything: from then on the loops give it only so long, and drop what is left.
+
+        Beneath TLS they keep bytes that they tell nobody of. While there are any, the kernel has as many as it takes.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        fd = transport.get_extra_info("socket").fileno()
+        left = transport.get_write_buffer_size(), unacknowledged(fd)
+        # Room in a kernel that was full says nothing: the loop may be about to fill it again.
+        if not left[0] and (_has_room(fd) if before is None else not left[1]):
+            transport.close()
+            return
+        loop = asyncio.get_running_loop()
+        if left != before:
+            since = loop.time()
+        elif loop.time() - since >= GIVE_UP:
+            self.break_off()
+            return
+        loop.call_later(pause, self._close_tls, left, since, min(2 * pause, 1.0))
 
     def _drain(self, before: int) -> None:
         """The socket is gone, and its last bytes go to a peer that may take none for ever."""
@@ -279,6 +308,13 @@ class Splice:
         if self.on_closed is not None:
             on_closed, self.on_closed = self.on_closed, None
             on_closed()
+
+
+def _has_room(fd: int) -> bool:
+    """Whether the kernel would take more."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 class _Local(asyncio.Protocol):

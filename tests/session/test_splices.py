@@ -556,7 +556,7 @@ async def test_a_thousand_at_once():
 
 
 @asynccontextmanager
-async def tls_half(authority):
+async def tls_half(authority, **kwargs):
     """A stream, spliced to a TLS server's side of a connection; that one's client side."""
     async with memory_stream_pair() as (a, b):
         outer, inner = tcp_socketpair()
@@ -565,7 +565,7 @@ async def tls_half(authority):
         joint.on_connected = lambda _transport: joint.attach(b.detach())
         loop = asyncio.get_running_loop()
         _, (reader, writer) = await asyncio.gather(
-            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server),
+            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server, **kwargs),
             asyncio.open_connection(sock=outer, ssl=authority.client, server_hostname="cp"),
         )
         yield a, reader, writer, ended
@@ -600,6 +600,38 @@ async def test_tls_ends_both_halves_cleanly(authority, caplog):
                 await anyio.sleep(0.001)
         await ended.wait()
     assert "eof_received" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [400_000, 800_000, 1_500_000])  # around what the kernel takes, and TLS besides
+async def test_a_tls_client_that_pauses_gets_the_tail(authority, size):
+    data = random.Random(12).randbytes(size)
+    async with tls_half(authority, ssl_shutdown_timeout=0.1) as (a, reader, writer, ended):
+        writer.transport.pause_reading()
+
+        async def serve():
+            await a.send(data)
+            await a.send_eof()
+
+        serving = asyncio.create_task(serve())
+        await anyio.sleep(0.5)
+        writer.transport.resume_reading()
+        assert await reader.read() == data
+        await serving
+        await ended.wait()
+
+
+@pytest.mark.replaces_methods  # a constant, for compiled ones that is the same
+async def test_a_tls_client_that_never_takes_the_tail_is_reset(authority, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "GIVE_UP", 0.1)
+    data = bytes(800_000)
+    async with tls_half(authority) as (a, reader, writer, ended):
+        writer.transport.pause_reading()
+        await a.send(data)
+        await a.send_eof()
+        await ended.wait()
+        with pytest.raises(ConnectionResetError):
+            writer.transport.resume_reading()
+            await reader.read()
 
 
 async def test_tls_breaks_off(authority):
