@@ -1,7 +1,7 @@
 """Relay between a stream and a TCP or Unix socket by callbacks alone.
 
-No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and what is
-read is not copied again before it is encrypted. Backpressure works both ways: the socket is
+No task, timer or future per chunk, and none per stream either (over TLS one timer): an idle splice is two small objects, and
+what is read is not copied again before it is encrypted. Backpressure works both ways: the socket is
 not read while the stream's queue is full, and the peer gets no credit while the socket does not
 take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
 side. A reset on either side becomes a reset on the other. TLS has no half-close: the end of either direction ends
@@ -34,10 +34,13 @@ LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
 """Seconds after which it is looked again whether it has."""
+LOOK_AFTER: Final = 5.0
+"""Seconds between looks whether a TLS client is still there: what came before a reset is kept for one to two of them."""
 GIVE_UP: Final = 30.0
 """Seconds in which a TLS client has to take something of what is left, or it is reset."""
 STALLED: Final = 5.0
 """Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
+_TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -94,6 +97,8 @@ class Splice:
         stream.sink = self
         if isinstance(self.transport, SocketTransport):
             self.transport.read_size = QUEUE_HIGH
+        elif self.transport is not None:
+            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after)
         if isinstance(inbox, Inbox):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
@@ -220,6 +225,17 @@ class Splice:
             stream.consumed(held)
         self._finish()
 
+    def _look_after(self, gone: bool = False) -> None:
+        """Notices that a client of one of the loops' transports is gone while it is not read: they would notice by reading."""
+        transport, stream = self.transport, self._stream
+        if transport is None or stream is None or transport.is_closing():
+            return
+        is_gone = stream.room_wanted and _is_gone(transport.get_extra_info("socket"))
+        if gone and is_gone:
+            self.break_off()
+        else:
+            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after, is_gone)
+
     # The end
 
     def _close(self) -> None:
@@ -308,6 +324,11 @@ class Splice:
         if self.on_closed is not None:
             on_closed, self.on_closed = self.on_closed, None
             on_closed()
+
+
+def _is_gone(sock: socket.socket) -> bool:
+    """Whether a TCP connection was reset, or timed out."""
+    return sock.family != socket.AF_UNIX and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
 
 
 def _has_room(fd: int) -> bool:

@@ -634,6 +634,20 @@ async def test_a_tls_client_that_never_takes_the_tail_is_reset(authority, monkey
             await reader.read()
 
 
+async def test_the_reset_of_a_tls_client_is_noticed_though_nobody_takes_what_it_sent(authority, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "LOOK_AFTER", 0.05)
+    async with tls_half(authority) as (a, _reader, writer, ended):
+        writer.write(bytes(2_000_000))
+        await until(lambda: writer.transport.get_write_buffer_size() < 2_000_000)
+        await anyio.sleep(0.2)  # it waits, and is there
+        assert not ended.is_set()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+        writer.transport.abort()
+        await ended.wait()
+        with pytest.raises(kk.PeerError):
+            await exactly(a, 2_000_000)
+
+
 async def test_tls_breaks_off(authority):
     async with tls_half(authority) as (a, reader, writer, ended):
         await a.send(b"x")
