@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 import termios
@@ -18,10 +19,13 @@ from typing import Any, Final, Protocol, cast
 
 from konnektor.poller import FAILED, READ, WRITE, poller_of
 
-__all__ = ["SocketTransport"]
+__all__ = ["SocketTransport", "unacknowledged"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
+
+PATIENCE: Final = 10.0
+"""Seconds that what came before a reset is kept for a protocol that has paused reading."""
 
 UNWATCHED: Final = -1
 """The poller does not know the socket; 0 is a socket that is watched for nothing but its failure."""
@@ -67,13 +71,16 @@ class SocketTransport:
         "_buffer",
         "_buffered",
         "_closing",
+        "_ended",
         "_eof",
+        "_error",
         "_fd",
         "_lost",
         "_poller",
         "_protocol",
         "_reading",
         "_sock",
+        "_timer",
         "_watched",
         "read_size",
     )
@@ -89,7 +96,10 @@ class SocketTransport:
         self._watched = UNWATCHED
         self._closing = False
         self._eof = False
+        self._ended = False
+        self._error: OSError | None = None
         self._lost = False
+        self._timer: asyncio.TimerHandle | None = None
         self._poller.add(self._fd, self, READ)
         self._watched = READ
         try:
@@ -109,31 +119,51 @@ class SocketTransport:
             if events != WRITE:
                 self._readable()
         elif events & FAILED and not self._closing:
-            self._failed()
+            self._failed(events)
         elif events & READ:
             # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
             self._watch(self._watched & ~READ)
         if self._buffer is not None and events != READ and (self._closing or not events & FAILED):
             self._writable()
 
-    def _failed(self) -> None:
-        """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does."""
+    def _failed(self, events: int) -> None:
+        """Reset, or closed by both ends, while nobody reads. What came before is still to be read, when somebody does.
+
+        Behind a reset not for ever: a pause may never end, as that for a target that hangs, whose clients give up one by one.
+        Where both ends have closed, what is unread is whole, and worth as much as its reader's patience.
+        """
+        if events & select.EPOLLERR and self._error is None:
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._error = OSError(code, os.strerror(code)) if code else None
+        if self._buffer is not None:
+            self._writable()  # which says why nobody takes it
+            return
         try:
-            if self._sock.recv(1, socket.MSG_PEEK):
-                self._unwatch()  # or it would be told for ever
-                return
-            # Behind an end that was read, recv() tells of nothing else.
-            if code := self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, os.strerror(code))
+            unread = self._sock.recv(1, socket.MSG_PEEK)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self._break(error)
             return
-        if self._buffer is None:
-            self._unwatch()
+        if unread or self._error is None:
+            self._unwatch()  # or it would be told for ever
+            if self._error is not None:
+                self._stop_timer()
+                self._timer = self._poller.loop.call_later(PATIENCE, self._give_up, self._error)
+        elif self._ended:
+            self._break(self._error)
         else:
-            self._writable()  # which says why nobody takes it
+            self._readable()  # an end takes no room
+
+    def _give_up(self, error: OSError) -> None:
+        self._timer = None
+        if self._watched == UNWATCHED and not self._closing:
+            self._break(error)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _watch(self, events: int) -> None:
         watched = self._watched
@@ -172,14 +202,25 @@ class SocketTransport:
             self._break(error)
             return
         if not count:
-            self._reading = False
-            self._watch(self._watched & ~READ)
-            if not protocol.eof_received():
-                self.close()
+            self._end()
         elif data:
             protocol.data_received(data)
         else:
             protocol.buffer_updated(count)
+
+    def _end(self) -> None:
+        error = self._error
+        if error is not None and not isinstance(error, BrokenPipeError):
+            # No end: the reset has been told already, and the kernel tells it once. EPIPE is one that came behind a FIN.
+            self._break(error)
+            return
+        self._reading = False
+        self._ended = True
+        self._watch(self._watched & ~READ)
+        if not self._protocol.eof_received():
+            self.close()
+        elif error is not None:
+            self._break(error)
 
     def is_reading(self) -> bool:
         return self._reading
@@ -206,7 +247,7 @@ class SocketTransport:
         except (BlockingIOError, InterruptedError):
             count = 0
         except OSError as error:
-            self._break(error)
+            self._refused(error)
             return
         if count < len(data):
             self._buffer = bytearray(memoryview(data)[count:])
@@ -221,7 +262,7 @@ class SocketTransport:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self._break(error)
+            self._refused(error)
             return
         del buffer[:count]
         if buffer:
@@ -235,6 +276,19 @@ class SocketTransport:
         if self._eof:
             self._shut_down()
         self._protocol.resume_writing()
+
+    def _refused(self, error: OSError) -> None:
+        """The other end takes no more. What it said before that is often why: it is read, and the end of that tells."""
+        if self._closing or self._ended or not isinstance(error, (ConnectionError, TimeoutError)):
+            self._break(error)
+            return
+        self._error = self._error or error.with_traceback(None)  # no cycle for the collector
+        self._eof = True  # drops what is written from now on
+        paused, self._buffer = self._buffer is not None, None
+        # Also if it was not watched: that it has failed is told once more.
+        self._watch(READ if self._reading else 0)
+        if paused:
+            self._protocol.resume_writing()
 
     def can_write_eof(self) -> bool:
         return True
@@ -255,8 +309,7 @@ class SocketTransport:
 
     def unacknowledged(self) -> int:
         """Bytes written that the other end's kernel (of a Unix socket: its program) has not taken yet; a FIN counts as one."""
-        queued = struct.unpack("i", fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4)))[0]  # SIOCOUTQ, tcp(7)
-        return self.get_write_buffer_size() + cast(int, queued)
+        return self.get_write_buffer_size() + unacknowledged(self._sock.fileno())
 
     # The end
 
@@ -288,6 +341,7 @@ class SocketTransport:
         """``connection_lost``, once, and never inside the protocol's own call."""
         if not self._lost:
             self._lost = True
+            self._stop_timer()
             self._poller.loop.call_soon(self._finish, error)
 
     def _finish(self, error: Exception | None) -> None:
@@ -312,3 +366,8 @@ class SocketTransport:
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._protocol = cast(_Protocol, protocol)
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol)
+
+
+def unacknowledged(fd: int) -> int:
+    """Bytes of a socket's that its kernel has, and the other end's does not."""
+    return cast(int, struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0])  # SIOCOUTQ, tcp(7)

@@ -1,7 +1,7 @@
 """Relay between a stream and a TCP or Unix socket by callbacks alone.
 
-No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and what is
-read is not copied again before it is encrypted. Backpressure works both ways: the socket is
+No task, timer or future per chunk, and none per stream either (over TLS one timer): an idle splice is two small objects, and
+what is read is not copied again before it is encrypted. Backpressure works both ways: the socket is
 not read while the stream's queue is full, and the peer gets no credit while the socket does not
 take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
 side. A reset on either side becomes a reset on the other. TLS has no half-close: the end of either direction ends
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import SocketTransport
+from konnektor.socket_transport import SocketTransport, unacknowledged
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Inbox, Stream
 
@@ -33,6 +34,13 @@ LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
 """Seconds after which it is looked again whether it has."""
+LOOK_AFTER: Final = 5.0
+"""Seconds between looks whether a TLS client is still there: what came before a reset is kept for one to two of them."""
+GIVE_UP: Final = 30.0
+"""Seconds in which a TLS client has to take something of what is left, or it is reset."""
+STALLED: Final = 5.0
+"""Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
+_TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -55,6 +63,7 @@ class Splice:
         "_held",
         "_lingering",
         "_paused",
+        "_reset_due",
         "_stream",
         "on_closed",
         "on_connected",
@@ -72,6 +81,7 @@ class Splice:
         self._broken = False
         self._done = False
         self._lingering = False
+        self._reset_due = False
 
     @property
     def local(self) -> asyncio.Protocol:
@@ -87,6 +97,8 @@ class Splice:
         stream.sink = self
         if isinstance(self.transport, SocketTransport):
             self.transport.read_size = QUEUE_HIGH
+        elif self.transport is not None:
+            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after)
         if isinstance(inbox, Inbox):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
@@ -132,6 +144,8 @@ class Splice:
         transport = self.transport
         if transport is not None and not transport.is_closing():
             transport.resume_reading()
+        elif self._reset_due and self._stream is not None:
+            self._stream.reset(self._code)
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
         if receiving:
@@ -191,17 +205,36 @@ class Splice:
         self.transport = None
         stream = self._stream
         if stream is not None and not stream.forgotten:
-            if self._broken or (exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)):
+            broken = exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)
+            if self._broken or (broken and (stream.sending is SENDING_UNSENT or not stream.queued)):
                 stream.cancel(self._code)
+            elif broken:
+                # What came before the reset is often why: it goes first.
+                self._reset_due = True
+                stream.stop(self._code)
+                stream.want_room()
             else:
                 # It came to its end, or was closed in both directions at once: what it delivered is whole.
                 stream.finish()
                 stream.stop(self._code if exc is not None else Code.CANCELLED)
+            if exc is not None and stream.queued:
+                asyncio.get_running_loop().call_later(STALLED, self._drain, stream.queued)
         self._paused = False
         if self._held and stream is not None:
             held, self._held = self._held, 0
             stream.consumed(held)
         self._finish()
+
+    def _look_after(self, gone: bool = False) -> None:
+        """Notices that a client of one of the loops' transports is gone while it is not read: they would notice by reading."""
+        transport, stream = self.transport, self._stream
+        if transport is None or stream is None or transport.is_closing():
+            return
+        is_gone = stream.room_wanted and _is_gone(transport.get_extra_info("socket"))
+        if gone and is_gone:
+            self.break_off()
+        else:
+            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after, is_gone)
 
     # The end
 
@@ -212,7 +245,11 @@ class Splice:
             self._finish()
         elif transport.is_closing() or self._lingering:
             pass
-        elif stream is None or stream.finish_wanted or not isinstance(transport, SocketTransport):
+        elif not isinstance(transport, SocketTransport):
+            self._lingering = True
+            # Not before the loop has tried to write what was written last.
+            asyncio.get_running_loop().call_soon(self._close_tls)
+        elif stream is None or stream.finish_wanted:
             transport.close()
         else:
             # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
@@ -230,6 +267,38 @@ class Splice:
                 loop.call_later(LOOK_AGAIN, self._linger, until)
             else:
                 transport.close()
+
+    def _close_tls(self, before: tuple[int, int] | None = None, since: float = 0.0, pause: float = LOOK_AGAIN) -> None:
+        """Closes TLS once the kernel has everything: from then on the loops give it only so long, and drop what is left.
+
+        Beneath TLS they keep bytes that they tell nobody of. While there are any, the kernel has as many as it takes.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        fd = transport.get_extra_info("socket").fileno()
+        left = transport.get_write_buffer_size(), unacknowledged(fd)
+        # Room in a kernel that was full says nothing: the loop may be about to fill it again.
+        if not left[0] and (_has_room(fd) if before is None else not left[1]):
+            transport.close()
+            return
+        loop = asyncio.get_running_loop()
+        if left != before:
+            since = loop.time()
+        elif loop.time() - since >= GIVE_UP:
+            self.break_off()
+            return
+        loop.call_later(pause, self._close_tls, left, since, min(2 * pause, 1.0))
+
+    def _drain(self, before: int) -> None:
+        """The socket is gone, and its last bytes go to a peer that may take none for ever."""
+        stream = self._stream
+        if stream is None or not stream.queued:
+            return
+        if stream.queued < before:
+            asyncio.get_running_loop().call_later(STALLED, self._drain, stream.queued)
+        else:
+            stream.reset(self._code)
 
     def break_off(self) -> None:
         """Ends the socket with a RST (a Unix socket knows none and is closed) and the stream with RESET."""
@@ -255,6 +324,18 @@ class Splice:
         if self.on_closed is not None:
             on_closed, self.on_closed = self.on_closed, None
             on_closed()
+
+
+def _is_gone(sock: socket.socket) -> bool:
+    """Whether a TCP connection was reset, or timed out."""
+    return sock.family != socket.AF_UNIX and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+
+
+def _has_room(fd: int) -> bool:
+    """Whether the kernel would take more."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 class _Local(asyncio.Protocol):

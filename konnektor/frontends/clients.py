@@ -29,7 +29,7 @@ from konnektor.tls import frontend_context
 __all__ = ["Clients"]
 
 TLS_TIMEOUT: Final = 10.0
-"""Seconds that a client of an ``https://`` frontend has for its handshake, and to close."""
+"""Seconds that a client of an ``https://`` frontend has for its handshake, and for its goodbye once all is sent."""
 
 logger: Final = logging.getLogger("konnektor.clients")
 

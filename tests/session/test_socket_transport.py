@@ -9,6 +9,7 @@ import struct
 
 import pytest
 
+from konnektor import socket_transport
 from konnektor.poller import READ
 from konnektor.socket_transport import SocketTransport
 
@@ -50,7 +51,7 @@ class Recorder(asyncio.BufferedProtocol):
         self.note("lost", exc)
 
     async def until(self, name):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while name not in [event[0] for event in self.events]:
                 self.changed.clear()
                 await self.changed.wait()
@@ -284,6 +285,63 @@ async def test_what_came_before_a_reset_is_read_though_reading_was_paused(epolls
         assert isinstance(error, ConnectionError)
 
 
+@pytest.mark.parametrize("by", ["the poller", "writing"])
+async def test_a_pause_that_never_ends_does_not_hide_a_reset_for_ever(by, monkeypatch):
+    """The client of a target that hangs: it is not read, and gives up."""
+    monkeypatch.setattr(socket_transport, "PATIENCE", 0.05)
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"more than anybody reads")
+        reset(far)
+        if by == "writing":
+            transport.write(b"x")
+        _, error = await recorder.until("lost")
+        assert isinstance(error, ConnectionResetError)
+        assert not recorder.received
+
+
+async def test_each_pause_behind_a_reset_has_its_own_time(monkeypatch):
+    monkeypatch.setattr(socket_transport, "PATIENCE", 1.0)
+
+    class Hesitant(Recorder):
+        def buffer_updated(self, nbytes):
+            super().buffer_updated(nbytes)
+            self.transport.pause_reading()
+
+    with joined(tcp=True) as (transport, _, far):
+        transport.set_protocol(recorder := Hesitant(1))
+        recorder.connection_made(transport)
+        transport.pause_reading()
+        far.send(b"ab")
+        reset(far)
+        for received in (b"", b"a"):
+            await asyncio.sleep(0.6)
+            assert recorder.received == received and not transport.is_closing()
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"ab"
+        assert isinstance(error, ConnectionResetError)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("ends", ["one", "both"])
+async def test_a_pause_over_what_is_whole_may_take_as_long_as_it_likes(tcp, ends, monkeypatch):
+    monkeypatch.setattr(socket_transport, "PATIENCE", 0.01)
+    with joined(tcp=tcp) as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"the whole answer")
+        if ends == "one":
+            far.shutdown(socket.SHUT_WR)
+        else:
+            transport.write_eof()
+            far.close()
+        await asyncio.sleep(0.1)
+        assert not transport.is_closing()
+        transport.resume_reading()
+        await recorder.until("eof")
+        assert recorder.received == b"the whole answer"
+
+
 async def test_a_reset_with_nothing_left_to_read_is_noticed_while_reading_is_paused():
     with joined(tcp=True) as (transport, recorder, far):
         transport.pause_reading()
@@ -341,6 +399,89 @@ async def test_what_came_before_a_reset_is_read_though_something_was_still_to_be
         _, error = await recorder.until("lost")
         assert recorder.received == b"413 too large"
         assert isinstance(error, ConnectionError)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_what_came_before_a_reset_is_read_though_writing_meets_it_first(paused, epolls):
+    with joined(tcp=True) as (transport, recorder, far):
+        far.send(b"413 too large")
+        reset(far)
+        if paused:
+            transport.pause_reading()
+        transport.write(b"the upload")
+        transport.write(b"goes on")
+        await asyncio.sleep(0.05)
+        if paused:
+            assert not recorder.received
+            assert await told(epolls) < 10
+            transport.write(b"and on")
+            assert not transport.is_closing()
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"413 too large"
+        assert isinstance(error, ConnectionResetError)
+        assert "eof" not in [event[0] for event in recorder.events]
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
+async def test_an_end_is_told_as_one_though_writing_found_the_connection_broken(tcp, paused, epolls):
+    with joined(tcp=tcp) as (transport, recorder, far):
+        if paused:
+            transport.pause_reading()
+        far.send(b"the whole answer")
+        far.close()
+        for _ in range(3):  # the first is answered by the reset
+            transport.write(b"late")
+        if paused:
+            await asyncio.sleep(0.05)
+            assert not recorder.received
+            assert await told(epolls) < 10
+            transport.resume_reading()
+        _, error = await recorder.until("lost")
+        assert recorder.received == b"the whole answer"
+        assert isinstance(error, ConnectionError)
+        assert [event[0] for event in recorder.events].count("eof") == 1
+
+
+async def test_an_end_behind_which_the_connection_broke_is_told_though_reading_is_paused():
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.pause_reading()
+        far.close()
+        for _ in range(3):
+            transport.write(b"late")
+        await recorder.until("eof")
+        _, error = await recorder.until("lost")
+        assert isinstance(error, BrokenPipeError)
+
+
+@pytest.mark.parametrize("reads", ["later", "now"])
+async def test_what_waits_for_an_end_that_takes_no_more_is_dropped(reads):
+    """Or whoever brought it would wait for as long as reading is paused."""
+    with joined(tcp=reads == "now") as (transport, recorder, far):
+        if reads == "later":
+            transport.pause_reading()
+        transport.write(b"x" * 30_000_000)
+        await recorder.until("pause")
+        far.send(b"the answer")
+        (reset if reads == "now" else socket.socket.close)(far)
+        await recorder.until("resume" if reads == "later" else "lost")
+        assert transport.get_write_buffer_size() == 0
+        assert recorder.received == (b"" if reads == "later" else b"the answer")
+        transport.resume_reading()
+        await recorder.until("lost")
+        assert recorder.received == b"the answer"
+
+
+async def test_an_end_that_only_takes_no_more_is_read_on(epolls):
+    with joined() as (transport, recorder, far):
+        far.shutdown(socket.SHUT_RD)
+        transport.write(b"too late")
+        assert await told(epolls) < 10
+        far.send(b"still there")
+        await recorder.until("data")
+        assert recorder.received == b"still there"
+        assert not transport.is_closing()
 
 
 async def test_closed_by_the_other_end_with_something_still_to_be_written():

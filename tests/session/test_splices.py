@@ -10,6 +10,7 @@ import resource
 import socket
 import struct
 from contextlib import asynccontextmanager
+from importlib import import_module
 
 import anyio
 import pytest
@@ -234,6 +235,53 @@ async def test_what_was_answered_before_a_reset_arrives():
                 await a.send(b"later")
                 await anyio.sleep(0.001)
         assert await until_end(a) == answer
+
+
+async def test_an_early_answer_arrives_though_the_target_closes_over_the_upload():
+    # It says why it wants no more, and closes over unread bytes: the next write finds the reset before reading does.
+    answer = b"413 too large"
+    for size in (1, 1000):
+        async with chain(tcp_socketpair) as (near, far):
+            await sendall(near, b"upload")
+            assert await recv(far, size) == b"upload"[:size]
+            far.send(answer)
+            if size > 1:
+                reset(far)
+            else:
+                far.close()
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await sendall(near, bytes(1000))
+                    await anyio.sleep(0)
+            assert await recv(near) == answer
+
+
+async def test_what_came_before_a_reset_goes_before_it():
+    answer = random.Random(11).randbytes(200_000)  # more than the stream's window
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await sendall(outer, answer)
+        await anyio.sleep(0.05)
+        reset(outer)
+        await ended.wait()
+        assert await exactly(a, 64 * 1024) == answer[: 64 * 1024]
+        with pytest.raises(kk.TargetResetError):
+            while True:
+                await a.receive()
+        with pytest.raises(kk.TargetResetError):
+            await a.send(b"no more")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_what_came_before_a_reset_is_given_up_if_the_peer_never_reads_it(finished, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "STALLED", 0.05)  # not the function
+    async with half(tcp_socketpair) as (a, outer, ended):
+        await sendall(outer, bytes(200_000))  # more than the stream's window
+        if finished:
+            outer.shutdown(socket.SHUT_WR)
+            await anyio.sleep(0.05)
+        reset(outer)
+        await ended.wait()
+        await until(lambda: not a.session.stream_count)
 
 
 async def test_a_reset_right_behind_data():
@@ -508,7 +556,7 @@ async def test_a_thousand_at_once():
 
 
 @asynccontextmanager
-async def tls_half(authority):
+async def tls_half(authority, **kwargs):
     """A stream, spliced to a TLS server's side of a connection; that one's client side."""
     async with memory_stream_pair() as (a, b):
         outer, inner = tcp_socketpair()
@@ -517,7 +565,7 @@ async def tls_half(authority):
         joint.on_connected = lambda _transport: joint.attach(b.detach())
         loop = asyncio.get_running_loop()
         _, (reader, writer) = await asyncio.gather(
-            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server),
+            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server, **kwargs),
             asyncio.open_connection(sock=outer, ssl=authority.client, server_hostname="cp"),
         )
         yield a, reader, writer, ended
@@ -552,6 +600,52 @@ async def test_tls_ends_both_halves_cleanly(authority, caplog):
                 await anyio.sleep(0.001)
         await ended.wait()
     assert "eof_received" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [400_000, 800_000, 1_500_000])  # around what the kernel takes, and TLS besides
+async def test_a_tls_client_that_pauses_gets_the_tail(authority, size):
+    data = random.Random(12).randbytes(size)
+    async with tls_half(authority, ssl_shutdown_timeout=0.1) as (a, reader, writer, ended):
+        writer.transport.pause_reading()
+
+        async def serve():
+            await a.send(data)
+            await a.send_eof()
+
+        serving = asyncio.create_task(serve())
+        await anyio.sleep(0.5)
+        writer.transport.resume_reading()
+        assert await reader.read() == data
+        await serving
+        await ended.wait()
+
+
+@pytest.mark.replaces_methods  # a constant, for compiled ones that is the same
+async def test_a_tls_client_that_never_takes_the_tail_is_reset(authority, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "GIVE_UP", 0.1)
+    data = bytes(800_000)
+    async with tls_half(authority) as (a, reader, writer, ended):
+        writer.transport.pause_reading()
+        await a.send(data)
+        await a.send_eof()
+        await ended.wait()
+        with pytest.raises(ConnectionResetError):
+            writer.transport.resume_reading()
+            await reader.read()
+
+
+async def test_the_reset_of_a_tls_client_is_noticed_though_nobody_takes_what_it_sent(authority, monkeypatch):
+    monkeypatch.setattr(import_module("konnektor.splice"), "LOOK_AFTER", 0.05)
+    async with tls_half(authority) as (a, _reader, writer, ended):
+        writer.write(bytes(2_000_000))
+        await until(lambda: writer.transport.get_write_buffer_size() < 2_000_000)
+        await anyio.sleep(0.2)  # it waits, and is there
+        assert not ended.is_set()
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+        writer.transport.abort()
+        await ended.wait()
+        with pytest.raises(kk.PeerError):
+            await exactly(a, 2_000_000)
 
 
 async def test_tls_breaks_off(authority):
