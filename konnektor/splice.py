@@ -276,7 +276,10 @@ class Splice:
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        fd = transport.get_extra_info("socket").fileno()
+        sock = transport.get_extra_info("socket")
+        if sock is None:  # lost, which the loop says in its next turn
+            return
+        fd = sock.fileno()
         left = transport.get_write_buffer_size(), unacknowledged(fd)
         # Room in a kernel that was full says nothing: the loop may be about to fill it again.
         if not left[0] and (_has_room(fd) if before is None else not left[1]):
@@ -326,9 +329,13 @@ class Splice:
             on_closed()
 
 
-def _is_gone(sock: socket.socket) -> bool:
-    """Whether a TCP connection was reset, or timed out."""
-    return sock.family != socket.AF_UNIX and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+def _is_gone(sock: socket.socket | None) -> bool:
+    """Whether a TCP connection was reset, or timed out; the loop's TLS has no socket in the turn before it says so itself."""
+    return (
+        sock is not None
+        and sock.family != socket.AF_UNIX
+        and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+    )
 
 
 def _has_room(fd: int) -> bool:
