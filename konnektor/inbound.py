@@ -250,6 +250,8 @@ class Inbound:
         if HelloTLV.RESUME_INTENT in frame.tlvs:
             if mux.role == "client":
                 raise ProtocolError("RESUME_INTENT in a server's HELLO")
+            if frame.tlvs[HelloTLV.RESUME_INTENT] or frame.tlvs.get(HelloTLV.AFRESH):
+                raise ProtocolError("a RESUME_INTENT or AFRESH that is not empty")
             mux.resumption.intended(frame)
             return
         mux.established_with(Settings.from_tlvs(frame.tlvs), Ticket.from_tlvs(frame.tlvs))

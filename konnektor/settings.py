@@ -125,9 +125,6 @@ class Settings:
         instance = tlvs.get(HelloTLV.INSTANCE)
         if instance is not None and len(instance) != 16:
             raise ProtocolError(f"setting INSTANCE of {len(instance)} bytes, not 16")
-        for tlv in (HelloTLV.RESUME_INTENT, HelloTLV.AFRESH):
-            if tlvs.get(tlv):
-                raise ProtocolError(f"setting {tlv.name} of {len(tlvs[tlv])} bytes; it has none")
         return cls(
             max_frame=min(number(HelloTLV.MAX_FRAME, FLOORS.max_frame), 65_535),
             initial_window=number(HelloTLV.INITIAL_WINDOW, FLOORS.initial_window),

@@ -317,6 +317,19 @@ def test_nothing_but_resume_follows_the_intent(frame):
     assert newcomer.error.code == Code.PROTOCOL
 
 
+@pytest.mark.parametrize("tlvs", [{HelloTLV.RESUME_INTENT: b"1"}, {HelloTLV.RESUME_INTENT: b"", HelloTLV.AFRESH: b"1"}])
+def test_the_intent_has_no_value(tlvs):
+    newcomer = Newcomer(resumable().server)
+    newcomer.mux.receive(Hello(1, 1, b"c" * 32, {int(tlv): value for tlv, value in tlvs.items()}).encode(), 0)
+    assert newcomer.error.code == Code.PROTOCOL
+
+
+def test_an_empty_session_id_is_none_and_not_absent():
+    pair = Pair(hello=False)
+    pair.server.inject(Hello(1, 1, b"s" * 32, {int(HelloTLV.SESSION_ID): b"", int(HelloTLV.RESUME_KEY): b""}))
+    assert pair.client.error.code == Code.PROTOCOL
+
+
 def test_a_server_has_no_intent():
     pair = Pair(hello=False)
     pair.server.inject(Hello(1, 1, b"s" * 32, {int(HelloTLV.RESUME_INTENT): b""}))

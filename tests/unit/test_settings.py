@@ -38,6 +38,7 @@ def test_a_larger_frame_than_there_can_be_is_cut():
         (HelloTLV.IDLE_TIMEOUT, (29_999).to_bytes(4, "big")),
         (HelloTLV.FEATURES, b""),
         (HelloTLV.INSTANCE, b"i" * 15),
+        (HelloTLV.INSTANCE, b""),
     ],
 )
 def test_bad_values(tlv, value):
