@@ -65,7 +65,10 @@ class Replay:
 
         Each is joined when its turn comes: together they would be a second copy of everything.
         """
-        return (b"".join(batch)[-min(size, end - acked) :] for end, batch, size in list(self._batches) if end > acked)
+        # Not as an expression: compiled by mypyc, that would be a list.
+        for end, batch, size in list(self._batches):
+            if end > acked:
+                yield b"".join(batch)[-min(size, end - acked) :]
 
 
 class Ticket:
