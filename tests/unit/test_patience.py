@@ -229,3 +229,10 @@ def test_credit_that_is_no_use_does_not_buy_more():
             pair.client.mux.receive(Ack(pair.client.mux.flight.sent).encode(), pair.now)
             if pair.client.mux.error:
                 raise pair.client.mux.error
+
+
+def test_a_batch_that_was_taken_in_is_not_sent_again():
+    replay = Replay()
+    replay.keep([b"abc"], 3)
+    replay.keep([b"de"], 2)
+    assert list(replay.rest(3)) == [b"de"]
