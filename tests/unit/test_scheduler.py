@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from konnektor import scheduler as core
-from konnektor.scheduler import BUCKET, FRESH, FRESH_RUN, IDLE, QUANTUM, REFILL, WAITING, Scheduler
+from konnektor.scheduler import BUCKET, FRESH, FRESH_RUN, IDLE, QUANTUM, REFILL, WAITING, Flow, Scheduler
 
 
-class Flow(core.Flow):
-    def __init__(self, priority=1, weight=1):
-        super().__init__(priority)
-        self.weight = weight
+def new_flow(priority=1, weight=1):
+    flow = Flow(priority)
+    flow.weight = weight
+    return flow
 
 
 def run(scheduler, size, turns, now=0.0):
@@ -34,7 +33,7 @@ def test_empty():
 
 def test_a_fresh_stream_goes_ahead():
     scheduler = Scheduler()
-    bulk, small = Flow(), Flow()
+    bulk, small = new_flow(), new_flow()
     scheduler.add(bulk)
     run(scheduler, 65_536, 2)
     assert bulk.place == WAITING and not scheduler.contended
@@ -53,7 +52,7 @@ def test_a_fresh_stream_goes_ahead():
 @pytest.mark.parametrize("size", [1000, 4096, 65_536])
 def test_shares_of_classes_and_weights(size):
     scheduler = Scheduler()
-    flows = [Flow(0), Flow(1), Flow(2), Flow(2, 3)]
+    flows = [new_flow(0), new_flow(1), new_flow(2), new_flow(2, 3)]
     for flow in flows:
         flow.spent = BUCKET
         scheduler.add(flow)
@@ -65,7 +64,7 @@ def test_shares_of_classes_and_weights(size):
 
 def test_a_bulky_stream_stays_behind_however_often_it_runs_dry():
     scheduler = Scheduler()
-    greedy = Flow()
+    greedy = new_flow()
     for _ in range(3):
         scheduler.add(greedy)
         assert scheduler.next() is greedy
@@ -83,13 +82,13 @@ def test_a_bulky_stream_stays_behind_however_often_it_runs_dry():
 
 def test_fresh_streams_together_cannot_starve_a_bulky_one():
     scheduler = Scheduler()
-    bulk = Flow(2)
+    bulk = new_flow(2)
     bulk.spent = BUCKET
     scheduler.add(bulk)
     served = 0
     sent = 0
     while sent < 16 * FRESH_RUN:
-        small = Flow(0)
+        small = new_flow(0)
         scheduler.add(small)
         flow = scheduler.next()
         sent += 1000
@@ -108,7 +107,7 @@ def test_fresh_streams_together_cannot_starve_a_bulky_one():
 def test_nobody_waits_for_ever(kinds, steps):
     """Whatever the others do, everyone who wants a turn has one within bounded bytes."""
     scheduler = Scheduler()
-    flows = [Flow(*kind) for kind in kinds]
+    flows = [new_flow(*kind) for kind in kinds]
     victim = flows[0]
     victim.spent = BUCKET
     scheduler.add(victim)
