@@ -1,7 +1,7 @@
 """Relay between a stream and a TCP or Unix socket by callbacks alone.
 
-No task, timer or future per chunk, and none per stream either (over TLS one timer): an idle splice is two small objects, and
-what is read is not copied again before it is encrypted. Backpressure works both ways: the socket is
+No task, timer or future per chunk, and none per stream either: an idle splice is two small objects, and what is
+read is not copied again before it is encrypted. Backpressure works both ways: the socket is
 not read while the stream's queue is full, and the peer gets no credit while the socket does not
 take what came. Half-close works both ways: EOF becomes FIN, FIN becomes a shutdown of the socket's writing
 side. A reset on either side becomes a reset on the other. TLS has no half-close: the end of either direction ends
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import select
 import socket
 import struct
 from collections.abc import Callable
 from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
+from konnektor.loop_transport import LoopTransport
 from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import SocketTransport, unacknowledged
+from konnektor.socket_transport import SocketTransport
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Inbox, Stream
 
@@ -34,13 +34,8 @@ LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
 """Seconds after which it is looked again whether it has."""
-LOOK_AFTER: Final = 5.0
-"""Seconds between looks whether a TLS client is still there: what came before a reset is kept for one to two of them."""
-GIVE_UP: Final = 30.0
-"""Seconds in which a TLS client has to take something of what is left, or it is reset."""
 STALLED: Final = 5.0
 """Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
-_TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
@@ -73,9 +68,9 @@ class Splice:
     def __init__(self, *, code: int = Code.TARGET_RESET, on_closed: Callable[[], object] | None = None) -> None:
         self._code = code
         self.on_closed = on_closed
-        self.on_connected: Callable[[asyncio.Transport], object] | None = None
+        self.on_connected: Callable[[asyncio.Transport | SocketTransport], object] | None = None
         self._stream: MuxStream | None = None
-        self.transport: asyncio.Transport | SocketTransport | None = None
+        self.transport: SocketTransport | LoopTransport | None = None
         self._paused = False
         self._held = 0
         self._broken = False
@@ -95,10 +90,8 @@ class Splice:
         inbox = stream.sink
         self._stream = stream
         stream.sink = self
-        if isinstance(self.transport, SocketTransport):
+        if self.transport is not None:
             self.transport.read_size = QUEUE_HIGH
-        elif self.transport is not None:
-            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after)
         if isinstance(inbox, Inbox):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
@@ -122,7 +115,7 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.write(data if isinstance(transport, SocketTransport) else bytes(data))
+        transport.write(data)
         if self._paused:
             self._held += size
         else:
@@ -164,9 +157,11 @@ class Splice:
 
     # The socket's side
 
-    def connected(self, transport: asyncio.Transport) -> None:
+    def connected(self, transport: asyncio.Transport | SocketTransport) -> None:
         """The socket is there."""
-        self.transport = transport
+        self.transport = (
+            transport if isinstance(transport, SocketTransport) else LoopTransport(transport, self.break_off)
+        )
         if self.on_connected is not None:
             on_connected, self.on_connected = self.on_connected, None
             on_connected(transport)
@@ -177,7 +172,7 @@ class Splice:
         if stream is None or (stream.sending is not SENDING_OPEN and stream.sending is not SENDING_UNSENT):
             return
         stream.write(data)
-        if len(data) >= PAYLOAD and isinstance(self.transport, SocketTransport):
+        if len(data) >= PAYLOAD and self.transport is not None:
             # Bulk. Who is in a hurry waits for as long as it takes to read and to write what is read in one go.
             self.transport.read_size = PAYLOAD if stream.hurried else QUEUE_HIGH
         if stream.queued >= QUEUE_HIGH and self.transport is not None:
@@ -225,17 +220,6 @@ class Splice:
             stream.consumed(held)
         self._finish()
 
-    def _look_after(self, gone: bool = False) -> None:
-        """Notices that a client of one of the loops' transports is gone while it is not read: they would notice by reading."""
-        transport, stream = self.transport, self._stream
-        if transport is None or stream is None or transport.is_closing():
-            return
-        is_gone = stream.room_wanted and _is_gone(transport.get_extra_info("socket"))
-        if gone and is_gone:
-            self.break_off()
-        else:
-            asyncio.get_running_loop().call_later(LOOK_AFTER, self._look_after, is_gone)
-
     # The end
 
     def _close(self) -> None:
@@ -245,11 +229,7 @@ class Splice:
             self._finish()
         elif transport.is_closing() or self._lingering:
             pass
-        elif not isinstance(transport, SocketTransport):
-            self._lingering = True
-            # Not before the loop has tried to write what was written last.
-            asyncio.get_running_loop().call_soon(self._close_tls)
-        elif stream is None or stream.finish_wanted:
+        elif stream is None or stream.finish_wanted or not transport.can_write_eof():
             transport.close()
         else:
             # Still sending, to a peer that wants no more. A socket that is closed over unread bytes resets the
@@ -261,37 +241,12 @@ class Splice:
 
     def _linger(self, until: float) -> None:
         transport = self.transport
-        if isinstance(transport, SocketTransport) and not transport.is_closing():
+        if transport is not None and not transport.is_closing():
             loop = asyncio.get_running_loop()
             if transport.unacknowledged() and loop.time() < until:
                 loop.call_later(LOOK_AGAIN, self._linger, until)
             else:
                 transport.close()
-
-    def _close_tls(self, before: tuple[int, int] | None = None, since: float = 0.0, pause: float = LOOK_AGAIN) -> None:
-        """Closes TLS once the kernel has everything: from then on the loops give it only so long, and drop what is left.
-
-        Beneath TLS they keep bytes that they tell nobody of. While there are any, the kernel has as many as it takes.
-        """
-        transport = self.transport
-        if transport is None or transport.is_closing():
-            return
-        sock = transport.get_extra_info("socket")
-        if sock is None:  # lost, which the loop says in its next turn
-            return
-        fd = sock.fileno()
-        left = transport.get_write_buffer_size(), unacknowledged(fd)
-        # Room in a kernel that was full says nothing: the loop may be about to fill it again.
-        if not left[0] and (_has_room(fd) if before is None else not left[1]):
-            transport.close()
-            return
-        loop = asyncio.get_running_loop()
-        if left != before:
-            since = loop.time()
-        elif loop.time() - since >= GIVE_UP:
-            self.break_off()
-            return
-        loop.call_later(pause, self._close_tls, left, since, min(2 * pause, 1.0))
 
     def _drain(self, before: int) -> None:
         """The socket is gone, and its last bytes go to a peer that may take none for ever."""
@@ -327,22 +282,6 @@ class Splice:
         if self.on_closed is not None:
             on_closed, self.on_closed = self.on_closed, None
             on_closed()
-
-
-def _is_gone(sock: socket.socket | None) -> bool:
-    """Whether a TCP connection was reset, or timed out; the loop's TLS has no socket in the turn before it says so itself."""
-    return (
-        sock is not None
-        and sock.family != socket.AF_UNIX
-        and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
-    )
-
-
-def _has_room(fd: int) -> bool:
-    """Whether the kernel would take more."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
 
 
 class _Local(asyncio.Protocol):
@@ -431,7 +370,7 @@ def _join(
 ) -> None:
     joint = Splice(code=code)
 
-    def connected(transport: asyncio.Transport) -> None:
+    def connected(_transport: asyncio.Transport | SocketTransport) -> None:
         # In connection_made: before the socket's first byte.
         stream = take()
         joint.on_closed = on_closed

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from konnektor.errors import Code, KonnektorError, PeerError, StreamError
 from konnektor.session import Session
+from konnektor.socket_transport import SocketTransport
 from konnektor.splice import Splice
 from konnektor.stream_types import StreamType
 
@@ -34,7 +35,8 @@ class ForwardSplice(Splice):
         self._request = request
         self._on_refused = on_refused
 
-    def connected(self, transport: asyncio.Transport) -> None:
+    def connected(self, transport: asyncio.Transport | SocketTransport) -> None:
+        assert isinstance(transport, SocketTransport)
         self.transport = transport
         try:
             self.attach(self._choose().open_sink(self._request, self))

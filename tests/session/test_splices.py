@@ -17,6 +17,7 @@ import anyio
 import pytest
 
 import konnektor as kk
+from konnektor import loop_transport
 from konnektor.errors import StreamClosedError
 from konnektor.mux import PAYLOAD
 from konnektor.socket_transport import SocketTransport
@@ -637,7 +638,7 @@ async def test_a_tls_client_that_pauses_gets_the_tail(authority, size):
 
 @pytest.mark.replaces_methods  # a constant, for compiled ones that is the same
 async def test_a_tls_client_that_never_takes_the_tail_is_reset(authority, monkeypatch):
-    monkeypatch.setattr(import_module("konnektor.splice"), "GIVE_UP", 0.1)
+    monkeypatch.setattr(loop_transport, "GIVE_UP", 0.1)
     data = bytes(800_000)
     async with tls_half(authority) as (a, reader, writer, ended):
         writer.transport.pause_reading()
@@ -650,7 +651,7 @@ async def test_a_tls_client_that_never_takes_the_tail_is_reset(authority, monkey
 
 
 async def test_the_reset_of_a_tls_client_is_noticed_though_nobody_takes_what_it_sent(authority, monkeypatch):
-    monkeypatch.setattr(import_module("konnektor.splice"), "LOOK_AFTER", 0.05)
+    monkeypatch.setattr(loop_transport, "LOOK_AFTER", 0.05)
     async with tls_half(authority) as (a, _reader, writer, ended):
         writer.write(bytes(2_000_000))
         await until(lambda: writer.transport.get_write_buffer_size() < 2_000_000)
