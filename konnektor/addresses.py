@@ -7,10 +7,9 @@ What one program takes for a name and the next for an address (``127.1``, ``0x7f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from konnektor.errors import ConfigurationError
 
@@ -24,7 +23,6 @@ __all__ = [
     "format_hosts",
     "format_ports",
     "format_protocol",
-    "listed",
     "parse_forward",
     "parse_host",
     "parse_hostport",
@@ -42,7 +40,6 @@ __all__ = [
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
 Protocol: TypeAlias = Literal["tcp", "udp"]
-T = TypeVar("T")
 
 _MAPPED: Final = IPv6Network("::ffff:0:0/96")
 _WORKER_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
@@ -76,17 +73,6 @@ class Forward(NamedTuple):
 def quote(text: str) -> str:
     """The text as it may stand in a log line or an error: in quotes, escaped, of bounded length."""
     return ascii(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
-
-
-def listed(what: str, given: Iterable[T], example: str) -> Iterable[T]:
-    """What the argument ``what`` lists. Text alone is none: it would be read letter by letter.
-
-    Raises:
-        ConfigurationError: one sentence that says what to write, such as ``example``.
-    """
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise ConfigurationError(f"{what} takes a list, not {quote(str(given))}: write {example}")
-    return given
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, listed, parse_forward, parse_host, parse_hostport, unwrap
+from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
+from konnektor.arguments import listed
 from konnektor.endpoint import Endpoint, checked_limits
 from konnektor.errors import (
     Code,
@@ -32,9 +33,9 @@ from konnektor.limits import Limits, format_size, parse_size
 from konnektor.listening import bind_tcp
 from konnektor.mux import MuxStream
 from konnektor.newcomers import Newcomers, Place
-from konnektor.policy import AllowList, AllowRule, as_grant_from
+from konnektor.policy import AllowList, AllowRule, parse_grant_from
 from konnektor.priorities import PriorityRule
-from konnektor.router import Route, Router, as_grant_route, granted_routes, parse_route
+from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
@@ -629,12 +630,12 @@ _NOTHING: Final = AllowList()
 
 
 def _parse_grants(grants: Iterable[object]) -> tuple[tuple[str, Route], ...]:
-    return tuple(map(as_grant_route, listed("grant_routes", grants, '["node-1=cidr=10.1.0.0/16"]')))
+    return tuple(map(parse_grant_route, listed("grant_routes", grants, '["node-1=cidr=10.1.0.0/16"]')))
 
 
 def _parse_allowed(grants: Iterable[object]) -> dict[str, AllowList]:
     rules: dict[str, list[AllowRule]] = {}
-    for name, rule in map(as_grant_from, listed("allow_from", grants, '["node-1=10.0.0.1:6443"]')):
+    for name, rule in map(parse_grant_from, listed("allow_from", grants, '["node-1=10.0.0.1:6443"]')):
         rules.setdefault(name, []).append(rule)
     return {name: AllowList(of_name) for name, of_name in rules.items()}
 

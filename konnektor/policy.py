@@ -27,19 +27,18 @@ from konnektor.addresses import (
     format_hosts,
     format_ports,
     format_protocol,
-    listed,
     parse_host,
     parse_network,
     parse_ports,
-    parse_worker_name,
     quote,
     split_port,
     split_protocol,
     unwrap,
 )
+from konnektor.arguments import listed, named, object_or_text
 from konnektor.errors import ConfigurationError, DeniedError
 
-__all__ = ["AllowList", "AllowRule", "as_grant_from", "parse_allow", "parse_grant_from", "parse_rule", "tcp", "udp"]
+__all__ = ["AllowList", "AllowRule", "parse_allow", "parse_grant_from", "parse_rule", "tcp", "udp"]
 
 _RULES: Final = """["10.0.0.0/8:80,443"] or [tcp("10.0.0.0/8", "80,443")]"""
 
@@ -182,42 +181,17 @@ def parse_rule(text: str, *, any_host: bool = False) -> tuple[IPNetwork | str, t
     return host if any_host and host == "*" else _parse_rule_host(host), parse_ports(ports), protocol
 
 
-def parse_grant_from(text: str) -> tuple[str, AllowRule]:
-    """``NAME=RULE``, with a rule as ``parse_allow`` reads it: what the worker NAME may reach at the control plane's end.
+def parse_grant_from(grant: object) -> tuple[str, AllowRule]:
+    """What the worker NAME may reach at the control plane's end: ``NAME=RULE``, or (name, rule), the rule being one or its text.
 
     Raises:
         ConfigurationError: one sentence that says what to write.
     """
-    name, equals, rule = text.partition("=")
-    if not equals:
-        raise ConfigurationError(f"grant {quote(text)} names no worker: write NAME=HOST:PORTS, as node-1=10.0.0.1:6443")
-    return parse_worker_name(name), parse_allow(rule)
-
-
-def as_grant_from(grant: object) -> tuple[str, AllowRule]:
-    """``NAME=RULE``, or (name, rule), the rule being one or its text.
-
-    Raises:
-        ConfigurationError: one sentence that says what to write.
-    """
-    match grant:
-        case str():
-            return parse_grant_from(grant)
-        case (str(name), rule):
-            return parse_worker_name(name), _as_rule(rule)
-        case _:
-            raise ConfigurationError(
-                f"grant {grant!a:.80} is neither text nor (NAME, RULE): "
-                """write "node-1=10.0.0.1:6443" or ("node-1", tcp("10.0.0.1", 6443))"""
-            )
+    return named(grant, _as_rule, "HOST:PORTS", "node-1=10.0.0.1:6443", '("node-1", tcp("10.0.0.1", 6443))')
 
 
 def _as_rule(rule: object) -> AllowRule:
-    if isinstance(rule, AllowRule):
-        return rule
-    if isinstance(rule, str):
-        return parse_allow(rule)
-    raise ConfigurationError(f"rule {rule!a:.80} is neither text nor an AllowRule: write {_RULES}")
+    return object_or_text("rule", rule, AllowRule, parse_allow, _RULES)
 
 
 def _parse_rule_host(text: str) -> IPNetwork | str:

@@ -18,11 +18,11 @@ from konnektor.addresses import (
     format_hosts,
     format_ports,
     format_protocol,
-    listed,
     parse_host,
     quote,
     unwrap,
 )
+from konnektor.arguments import listed, object_or_text
 from konnektor.errors import ConfigurationError
 from konnektor.policy import parse_rule
 from konnektor.stream_types import StreamType, Tcp, Udp
@@ -88,11 +88,7 @@ def parse_priority(text: str) -> PriorityRule:
 
 
 def _as_rule(rule: object) -> PriorityRule:
-    if isinstance(rule, PriorityRule):
-        return rule
-    if isinstance(rule, str):
-        return parse_priority(rule)
-    raise ConfigurationError(f"priority {rule!a:.80} is not text: write HOST:PORTS=CLASS, as '*:10250=interactive'")
+    return object_or_text("priority", rule, PriorityRule, parse_priority, "HOST:PORTS=CLASS, as '*:10250=interactive'")
 
 
 class Priorities:

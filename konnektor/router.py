@@ -29,13 +29,12 @@ from typing import Final, NamedTuple
 from konnektor.addresses import (
     IPAddress,
     IPNetwork,
-    listed,
     parse_host,
     parse_network,
-    parse_worker_name,
     quote,
     unwrap,
 )
+from konnektor.arguments import listed, named, object_or_text
 from konnektor.errors import ConfigurationError, NoRouteError
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "Route",
     "RouteChoice",
     "Router",
-    "as_grant_route",
     "as_routes",
     "granted_routes",
     "parse_grant_route",
@@ -148,34 +146,13 @@ def parse_route(text: str) -> Route:
     raise ConfigurationError(f"route {quote(text)} is unknown: write host=NAME, host=*.example, cidr=NET or default")
 
 
-def parse_grant_route(text: str) -> tuple[str, Route]:
-    """``NAME=host=GLOB``, ``NAME=cidr=NET`` or ``NAME=default``: a route that the worker NAME may claim.
+def parse_grant_route(grant: object) -> tuple[str, Route]:
+    """A route that the worker NAME may claim: ``NAME=ROUTE``, or (name, route), the route being one or its text.
 
     Raises:
         ConfigurationError: one sentence that says what to write.
     """
-    name, equals, route = text.partition("=")
-    if not equals:
-        raise ConfigurationError(f"grant {quote(text)} names no worker: write NAME=ROUTE, as node-1=cidr=10.1.0.0/16")
-    return parse_worker_name(name), parse_route(route)
-
-
-def as_grant_route(grant: object) -> tuple[str, Route]:
-    """``NAME=ROUTE``, or (name, route), the route being one or its text.
-
-    Raises:
-        ConfigurationError: one sentence that says what to write.
-    """
-    match grant:
-        case str():
-            return parse_grant_route(grant)
-        case (str(name), route):
-            return parse_worker_name(name), _as_route(route)
-        case _:
-            raise ConfigurationError(
-                f"grant {grant!a:.80} is neither text nor (NAME, ROUTE): "
-                """write "node-1=cidr=10.1.0.0/16" or ("node-1", "cidr=10.1.0.0/16")"""
-            )
+    return named(grant, _as_route, "ROUTE", "node-1=cidr=10.1.0.0/16", '("node-1", "cidr=10.1.0.0/16")')
 
 
 def as_routes(routes: Iterable[Route | str]) -> tuple[Route, ...]:
@@ -188,11 +165,7 @@ def as_routes(routes: Iterable[Route | str]) -> tuple[Route, ...]:
 
 
 def _as_route(route: object) -> Route:
-    if isinstance(route, Route):
-        return route
-    if isinstance(route, str):
-        return parse_route(route)
-    raise ConfigurationError(f"route {route!a:.80} is neither text nor a Route: write host=NAME, cidr=NET or default")
+    return object_or_text("route", route, Route, parse_route, "host=NAME, cidr=NET or default")
 
 
 def granted_routes(

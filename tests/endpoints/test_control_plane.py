@@ -383,11 +383,11 @@ async def test_a_session_that_ends_in_the_moment_it_begins(certs, monkeypatch, l
     [
         ({"allow_from": kk.tcp("127.0.0.1", 80)}, "allow_from takes a list, not '127.0.0.1:80': write"),
         ({"allow_from": "node-1=127.0.0.1:80"}, "allow_from takes a list"),
-        ({"allow_from": [kk.tcp("127.0.0.1", 80)]}, "neither text nor .NAME, RULE.: write"),
+        ({"allow_from": [kk.tcp("127.0.0.1", 80)]}, "neither text nor .NAME, HOST:PORTS.: write"),
         ({"allow_from": [("node-1", 80)]}, "rule 80 is neither text nor an AllowRule"),
         ({"allow_from": [("node-1", "127.0.0.1")]}, "not HOST:PORTS"),
         ({"allow_from": [("Node_1", "127.0.0.1:80")]}, "name 'Node_1' is not usable"),
-        ({"allow_from": [(1, "127.0.0.1:80")]}, "neither text nor .NAME, RULE.: write"),
+        ({"allow_from": [(1, "127.0.0.1:80")]}, "neither text nor .NAME, HOST:PORTS.: write"),
         ({"grant_routes": "node-1=default"}, "grant_routes takes a list"),
         ({"grant_routes": [("node-1", "everything")]}, "write host=NAME"),
         ({"grant_routes": [("node-1", 5)]}, "route 5 is neither text nor a Route"),

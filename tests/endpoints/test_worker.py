@@ -158,7 +158,7 @@ async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, l
         ({"connect": ["127.0.0.1:1"], "tls": "pki"}, r"tls takes TLSFiles\(...\), not 'pki'"),
         ({"connect": ["127.0.0.1:1"], "limits": 60}, r"limits takes Limits\(...\), not 60"),
         ({"connect": ["127.0.0.1:1"], "priorities": "*:22=bulk"}, "priorities takes a list"),
-        ({"connect": ["127.0.0.1:1"], "priorities": [22]}, "priority 22 is not text: write"),
+        ({"connect": ["127.0.0.1:1"], "priorities": [22]}, "priority 22 is neither text nor a PriorityRule: write"),
         ({"connect": ["127.0.0.1:1"], "server_name": "a b"}, "neither an IP address nor a DNS name"),
     ],
 )

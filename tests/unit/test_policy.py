@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError, DeniedError
-from konnektor.policy import AllowList, AllowRule, as_grant_from, parse_allow, parse_grant_from, tcp, udp
+from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp, udp
 
 
 def allows(rules: str, host: str, port: int, address: str | None = None) -> bool:
@@ -277,10 +277,10 @@ def test_what_is_no_rule() -> None:
     "grant", ["node-1=10.0.0.1:6443", ("node-1", "10.0.0.1:6443"), ("node-1", tcp("10.0.0.1", 6443))]
 )
 def test_grants_as_text_and_as_pairs(grant: object) -> None:
-    assert as_grant_from(grant) == ("node-1", tcp("10.0.0.1", 6443))
+    assert parse_grant_from(grant) == ("node-1", tcp("10.0.0.1", 6443))
 
 
 @pytest.mark.parametrize("grant", [tcp("10.0.0.1", 6443), ("node-1",), ("node-1", "h:1", 2), (1, "h:1"), 7])
 def test_what_is_no_grant(grant: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, RULE\): write"):
-        as_grant_from(grant)
+    with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, HOST:PORTS\): write"):
+        parse_grant_from(grant)

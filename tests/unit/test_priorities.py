@@ -99,7 +99,7 @@ def test_only_types_with_a_destination():
 
 
 def test_what_is_no_rule():
-    with pytest.raises(ConfigurationError, match="priority 22 is not text: write"):
+    with pytest.raises(ConfigurationError, match="priority 22 is neither text nor a PriorityRule: write"):
         Priorities([22])
     with pytest.raises(ConfigurationError, match="priorities takes a list, not '\\*:22=bulk': write"):
         Priorities("*:22=bulk")

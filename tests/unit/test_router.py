@@ -16,7 +16,6 @@ from konnektor.router import (
     Route,
     RouteChoice,
     Router,
-    as_grant_route,
     as_routes,
     granted_routes,
     parse_grant_route,
@@ -304,10 +303,10 @@ def test_routes_may_be_routes_and_text() -> None:
 
 @pytest.mark.parametrize("grant", ["node-1=default", ("node-1", "default"), ("node-1", DEFAULT)])
 def test_grants_as_text_and_as_pairs(grant: object) -> None:
-    assert as_grant_route(grant) == ("node-1", DEFAULT)
+    assert parse_grant_route(grant) == ("node-1", DEFAULT)
 
 
 @pytest.mark.parametrize("grant", [DEFAULT, ("node-1",), (1, "default"), 7])
 def test_what_is_no_grant(grant: object) -> None:
     with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, ROUTE\): write"):
-        as_grant_route(grant)
+        parse_grant_route(grant)
