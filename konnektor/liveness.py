@@ -32,7 +32,7 @@ LATE_TIMER: Final = 1.0
 JUDGING: Final = 0.05
 """Seconds the driver gets to read what may have come meanwhile."""
 STUCK: Final = 30.0
-UNANSWERED: Final = 120.0
+UNANSWERED: Final = 300.0
 """Seconds that the answer to a PING may take while other bytes come: what lies ahead of it on a slow path is on its way."""
 
 

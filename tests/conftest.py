@@ -71,11 +71,6 @@ async def _leak_check():
     unhandled = []
 
     def exception_handler(loop, context):
-        if (
-            isinstance(context.get("exception"), asyncio.InvalidStateError)
-            and "Future.set_result" in context["message"]
-        ):
-            return  # anyio gives the loop a Unix socket's bare ``future.set_result`` to call, which busy loops do twice
         unhandled.append(context)
         loop.default_exception_handler(context)
 

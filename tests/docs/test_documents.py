@@ -85,6 +85,8 @@ def test_numbers_of_this_implementation():
         f"if at most {size(flight.CLEAN_FLIGHT)} were in flight",
         f"for at most four of them or {flight.DRAIN_LIMIT:g} s",
         f"full for {liveness.STUCK:g} s in which no ACK came",
+        f"A PING that is not answered for {liveness.UNANSWERED:g} s",
+        f"A round trip of more than {flight.LONGEST:g} s",
         f"every {liveness.PING_INTERVAL:g} s while sequenced frames flow",
         f"within {default.hello_timeout:g} s",
         f"{default.open_deadline:g} s if absent, at most {limits.MAX_DEADLINE:g} s",

@@ -406,8 +406,10 @@ async def test_bad_grants(certs, kwargs, text):
 async def test_rules_and_routes_of_grants_may_be_text(certs):
     grants = {"allow_from": [("node-1", "127.0.0.1:*")], "grant_routes": [("node-1", "cidr=127.0.0.0/8")]}
     async with target() as echo, tunnel(certs, plane=grants, routes=[parse_route("cidr=127.0.0.0/8")]) as t:
-        (await t.worker.sessions[0].open_tcp("127.0.0.1", echo.port)).reset()
-        (await t.plane.open_tcp("127.0.0.1", echo.port)).reset()
+        for opener in (t.worker.sessions[0], t.plane):
+            async with await opener.open_tcp("127.0.0.1", echo.port) as stream:
+                await stream.send(b"there and back")
+                assert await stream.receive() == b"there and back"
 
 
 async def test_routes_are_claims(certs, log):

@@ -79,9 +79,31 @@ async def spliced(sockets):
         yield await socket_stream(outer_a), await socket_stream(outer_b)
 
 
+class GuardedStream(AsyncioStream):
+    """One that turns a second reader or writer away."""
+
+    def __init__(self, reader, writer):
+        super().__init__(reader, writer)
+        self._receiving = anyio.ResourceGuard("receiving from")
+        self._sending = anyio.ResourceGuard("sending to")
+
+    async def receive(self, max_bytes=65_536):
+        with self._receiving:
+            return await super().receive(max_bytes)
+
+    async def send(self, item):
+        with self._sending:
+            await super().send(item)
+
+    async def send_eof(self):
+        with self._sending:
+            await super().send_eof()
+
+
 async def socket_stream(sock):
     if sock.family == socket.AF_UNIX:
-        return await anyio.abc.UNIXSocketStream.from_socket(sock)
+        # Not anyio's own: it has the loop call a bare ``future.set_result``, which busy loops do twice.
+        return GuardedStream(*await asyncio.open_unix_connection(sock=sock, limit=1))
     stream = await anyio.abc.SocketStream.from_socket(sock)
     stream._transport.pause_reading()  # as anyio's own connect_tcp does; without, it reads ahead of everybody
     return stream
