@@ -10,13 +10,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from konnektor.addresses import Forward, format_hostport, parse_forward, parse_host, parse_hostport, unwrap
+from konnektor.addresses import Forward, format_hostport, parse_forward, parse_hostport
 from konnektor.arguments import listed
+from konnektor.claims import Claims, about, parse_grants
 from konnektor.endpoint import Endpoint, checked_limits
 from konnektor.errors import (
     Code,
     ConfigurationError,
-    DeniedError,
     HandshakeError,
     KonnektorError,
     NoRouteError,
@@ -31,11 +31,10 @@ from konnektor.frontends.urls import Frontend, parse_frontend
 from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.limits import Limits, format_size, parse_size
 from konnektor.listening import bind_tcp
-from konnektor.mux import MuxStream
 from konnektor.newcomers import Newcomers, Place
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
 from konnektor.priorities import PriorityRule
-from konnektor.router import Route, Router, granted_routes, parse_grant_route, parse_route
+from konnektor.router import Route, Router
 from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
@@ -50,8 +49,6 @@ REPLACED_GRACE: Final = 25.0
 DEAD_AFTER: Final = 25.0
 """Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
-SWEEP: Final = 64
-"""Streams of a session that are over and not forgotten yet, about."""
 SESSIONS: Final = 8
 """Of one worker at a time, draining and suspended ones included: against one that connects without end."""
 SUSPENDED: Final = 2
@@ -134,7 +131,7 @@ class ControlPlane(Endpoint):
         priorities: Iterable[PriorityRule | str] = (),
     ) -> None:
         self._listen = parse_hostport(listen, zero=True)
-        self._grants = _parse_grants(grant_routes)
+        self._claims = Claims(parse_grants(grant_routes))
         self._allowed = _parse_allowed(allow_from)
         limits = checked_limits(limits)
         self._memory = None if memory is None else _parse_memory(memory)
@@ -163,12 +160,8 @@ class ControlPlane(Endpoint):
         self._workers: dict[str, Session] = {}
         self._of: dict[str, list[Session]] = {}
         """All sessions of a worker that have not ended, oldest first: the one that takes streams, and those that drain."""
-        self._claims: dict[Session, tuple[Route, ...]] = {}
-        """Which routes of each of these sessions count now."""
         self._router = Router(load=self._load)
         self._know_named()
-        self._routed: dict[Session, dict[MuxStream, str]] = {}
-        """Streams that were opened by a route, and to which host; swept now and then of those that are over."""
         self._newcomers: Newcomers | None = None
         self._handshakes: set[asyncio.Task[None]] = set()
         self._clients = Clients(self._open_for, self._session_of)
@@ -189,33 +182,20 @@ class ControlPlane(Endpoint):
         Raises:
             ConfigurationError: a route or a rule is not one; nothing has changed then.
         """
-        grants = self._grants if grant_routes is None else _parse_grants(grant_routes)
-        allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
-        self._grants, self._allowed = grants, allowed
+        grants = self._claims.grants if grant_routes is None else parse_grants(grant_routes)
+        self._allowed = self._allowed if allow_from is None else _parse_allowed(allow_from)
+        losers = self._claims.replace(grants)
         self._know_named()
-        before, self._claims = self._claims, {session: self._granted(session) for session in self._claims}
         for name, session in self._workers.items():
-            self._router.set_routes(name, self._claims[session])
-        for session in [one for one in self._routed if not set(before[one]) <= set(self._claims[one])]:
-            self._judge(session)
+            self._router.set_routes(name, self._claims.routes(session))
+        for session in losers:
+            self._claims.judge(session)
         self._targets.judge()
 
     def _know_named(self) -> None:
         """Whom the operator names there is, though it may have to connect yet."""
-        for name in {name for name, _ in self._grants} | self._allowed.keys():
+        for name in {name for name, _ in self._claims.grants} | self._allowed.keys():
             self._router.know(name)
-
-    def _judge(self, session: Session) -> None:
-        """The worker has lost a route: streams that no other one is for end."""
-        routed = self._routed.get(session, {})
-        withdrawn = {host for host in set(routed.values()) if not self._serves(session, host)}
-        for stream, host in list(routed.items()):
-            if host in withdrawn and not stream.forgotten:
-                logger.warning(
-                    "ended a stream to %s: worker %s has no route for it any more",
-                    host, session.peer_name, extra=_about(session),
-                )  # fmt: skip
-                stream.break_off(DeniedError("the route was withdrawn"), Code.DENIED)
 
     # Life
 
@@ -349,7 +329,7 @@ class ControlPlane(Endpoint):
             session = self._workers.get(choice.worker)
             if session is None:
                 continue  # it went while another was asked
-            grants = self._grants
+            grants = self._claims.grants
             try:
                 stream = await session.open_tcp(choice.host, port, **kwargs)
             except StreamError as refusal:
@@ -362,29 +342,12 @@ class ControlPlane(Endpoint):
                 error = gone
             else:
                 if worker is None and choice.host is host:
-                    if self._grants is not grants and not self._serves(session, host):
+                    if self._claims.grants is not grants and not self._claims.serves(session, host):
                         stream.reset(Code.DENIED)  # the route was withdrawn meanwhile
                         continue
-                    self._note(stream._mux, session, host)
+                    self._claims.note(stream._mux, session, host)
                 return stream
         raise error or NoRouteError(f"no worker serves {format_hostport(host, port)}")
-
-    def _note(self, stream: MuxStream, session: Session, host: str) -> None:
-        """The stream goes by a route, and may have to end with it."""
-        if session.closed:
-            return
-        routed = self._routed.setdefault(session, {})
-        if len(routed) >= SWEEP + 2 * session.stream_count:
-            for over in [stream for stream in routed if stream.forgotten]:
-                del routed[over]
-        routed[stream] = host
-
-    def _serves(self, session: Session, host: str) -> bool:
-        """Whether a route that the worker may claim now is for the host."""
-        destination = parse_host(host)
-        if not isinstance(destination, str):
-            destination = unwrap(destination)
-        return any(route.matches(destination) for route in self._claims.get(session, ()))
 
     async def add_forward(self, forward: str | Forward) -> str:
         """Listens on a local address for one destination. Returns ``HOST:PORT`` as bound.
@@ -457,11 +420,11 @@ class ControlPlane(Endpoint):
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """From a socket to a session, or one line that says why not."""
         verdict: str | None = None
-        about: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
 
         def check_hello(session: Session) -> None:
-            nonlocal verdict, about
-            about = _about(session)
+            nonlocal verdict, fields
+            fields = about(session)
             verdict = self._check_hello(session)
 
         context = with_alerts(self._context.get(), sock)
@@ -483,7 +446,7 @@ class ControlPlane(Endpoint):
             elif verdict is None:
                 logger.warning("refused a connection: %s", explain(error.__cause__, peer))
             elif verdict:  # else it was a session, if only for a moment, and its end was told
-                logger.warning("refused %s", verdict, extra=about)
+                logger.warning("refused %s", verdict, extra=fields)
 
     def _check_peer(self, session: Session, peer: str) -> None:
         assert session.ssl_object is not None
@@ -503,11 +466,11 @@ class ControlPlane(Endpoint):
                 return f"worker {name} at {here}: another process of that name is connected from {_where(old)}"
             if old.suspended:
                 # Its worker would have resumed it, if it could: a restarted one must not leave streams hanging.
-                logger.info("worker %s starts afresh from %s", name, here, extra=_about(session))
+                logger.info("worker %s starts afresh from %s", name, here, extra=about(session))
                 old.close(Code.SHUTDOWN, "replaced by a newer session of this worker")
             elif not same_process:
                 logger.warning(
-                    "worker %s at %s replaces %s, which is silent", name, here, _where(old), extra=_about(session)
+                    "worker %s at %s replaces %s, which is silent", name, here, _where(old), extra=about(session)
                 )
                 old.close(Code.TIMEOUT, "replaced after silence")
         for other in self._suspended_of(name):
@@ -527,7 +490,7 @@ class ControlPlane(Endpoint):
                 name,
                 here,
                 _where(old),
-                extra=_about(session),
+                extra=about(session),
             )
             self._remove(old)
             if not old.draining:  # else it ends at its own time
@@ -540,8 +503,8 @@ class ControlPlane(Endpoint):
         self._workers[name] = session
         self._of.setdefault(name, []).append(session)
         self._granted_memory += self.limits.session_memory
-        self._claims[session] = self._granted(session, tell=True)
-        self._router.set_routes(name, self._claims[session])
+        self._claims.add(session)
+        self._router.set_routes(name, self._claims.routes(session))
         session.on_goaway = self._remove
         session.on_ended = self._gone
         session.on_suspended = self._suspended
@@ -550,26 +513,8 @@ class ControlPlane(Endpoint):
             self._resumable[session.session_id] = session
         self._live.add(session)
         _ = self._spawn(self._see_out(session))
-        logger.info("worker %s connected from %s", name, _where(session), extra=_about(session))
+        logger.info("worker %s connected from %s", name, _where(session), extra=about(session))
         self._publish(WorkerConnected(name, session))
-
-    def _granted(self, session: Session, *, tell: bool = False) -> tuple[Route, ...]:
-        """The routes that count now, of those that the worker claims; ``tell`` the log of the others."""
-        name, settings = session.peer_name, session.peer_settings
-        assert settings is not None
-        claims = []
-        for claim in settings.routes:
-            try:
-                claims.append(parse_route(claim))
-            except ConfigurationError as error:
-                if tell:
-                    logger.warning("worker %s: ignored a claimed route: %s", name, error, extra=_about(session))
-        routes, ignored = granted_routes(name, claims, self._grants)
-        for route in ignored if tell else ():
-            logger.warning(
-                "worker %s: ignored route %s, which no --grant-route grants", name, route, extra=_about(session)
-            )
-        return routes
 
     def _remove(self, session: Session) -> None:
         """No new streams for this session."""
@@ -581,7 +526,7 @@ class ControlPlane(Endpoint):
     def _suspended(self, session: Session) -> None:
         logger.warning(
             "lost the connection of worker %s at %s; it may resume its session within %g s",
-            session.peer_name, _where(session), self.limits.resume_grace, extra=_about(session),
+            session.peer_name, _where(session), self.limits.resume_grace, extra=about(session),
         )  # fmt: skip
         if self._leaving:
             # Nobody is let in any more to resume it.
@@ -597,14 +542,13 @@ class ControlPlane(Endpoint):
     def _resumed(self, session: Session) -> None:
         logger.info(
             "worker %s resumed its session from %s: %d streams go on",
-            session.peer_name, _where(session), session.stream_count, extra=_about(session),
+            session.peer_name, _where(session), session.stream_count, extra=about(session),
         )  # fmt: skip
 
     def _gone(self, session: Session) -> None:
         self._remove(session)
         self._resumable.pop(session.session_id, None)
-        self._routed.pop(session, None)
-        self._claims.pop(session, None)
+        self._claims.remove(session)
         self._granted_memory -= self.limits.session_memory
         of_name = self._of[session.peer_name]
         of_name.remove(session)
@@ -612,7 +556,7 @@ class ControlPlane(Endpoint):
             del self._of[session.peer_name]
         logger.info(
             "worker %s at %s disconnected: %s",
-            session.peer_name, _where(session), session.error, extra=_about(session),
+            session.peer_name, _where(session), session.error, extra=about(session),
         )  # fmt: skip
 
     async def _see_out(self, session: Session) -> None:
@@ -627,10 +571,6 @@ class ControlPlane(Endpoint):
 
 
 _NOTHING: Final = AllowList()
-
-
-def _parse_grants(grants: Iterable[object]) -> tuple[tuple[str, Route], ...]:
-    return tuple(map(parse_grant_route, listed("grant_routes", grants, '["node-1=cidr=10.1.0.0/16"]')))
 
 
 def _parse_allowed(grants: Iterable[object]) -> dict[str, AllowList]:
@@ -652,11 +592,6 @@ def _same_process(a: Session, b: Session) -> bool:
     assert a.peer_settings is not None
     assert b.peer_settings is not None
     return bool(a.peer_settings.instance) and a.peer_settings.instance == b.peer_settings.instance
-
-
-def _about(session: Session) -> dict[str, Any]:
-    """The fields of a record of the log that is about a worker's session."""
-    return {**session._log_fields, "worker": session.peer_name}
 
 
 def _where(session: Session) -> str:

@@ -182,7 +182,7 @@ async def test_claims_are_looked_at_once_however_many_streams_there_are(certs, m
         looked.append(name)
         return granted_routes(name, *rest)
 
-    monkeypatch.setattr("konnektor.control_plane.granted_routes", counted)
+    monkeypatch.setattr("konnektor.claims.granted_routes", counted)
     granted = ["node-1=host=localhost", "node-1=cidr=127.0.0.0/8"]
     routes = [grant.removeprefix("node-1=") for grant in granted]
     async with target() as echo, tunnel(certs, plane={"grant_routes": granted}, routes=routes) as t:
@@ -223,18 +223,18 @@ async def test_a_route_is_withdrawn_while_a_stream_is_opened(certs):
 
 
 async def test_what_was_routed_is_not_remembered_for_ever(certs, monkeypatch):
-    monkeypatch.setattr("konnektor.control_plane.SWEEP", 2)
+    monkeypatch.setattr("konnektor.claims.SWEEP", 2)
     async with target() as echo, tunnel(certs, plane={"grant_routes": ["node-1=default"]}, routes=["default"]) as t:
         async with await t.plane.open_tcp("127.0.0.1", echo.port) as kept:
             for _ in range(20):
                 async with await t.plane.open_tcp("127.0.0.1", echo.port) as stream:
                     pass
                 await until(lambda stream=stream: stream._mux.forgotten)
-            assert len(t.plane._routed[t.session]) <= 6
+            assert len(t.plane._claims._routed[t.session]) <= 6
             t.plane.set_grants(grant_routes=[])
             await ended(kept)
         await t.session.aclose()
-        assert t.session not in t.plane._routed
+        assert t.session not in t.plane._claims._routed
 
 
 async def test_a_worker_may_reach_less(certs, change):
