@@ -253,7 +253,7 @@ async def test_the_client_goes_while_its_target_is_dialed(certs, frontend):
                 writer.write(connect_head(f"127.0.0.1.node-1.konnektor.internal:{hole}"))
                 await until(lambda: t.worker.sessions[0].stream_count == 1)
             await until(lambda: t.worker.sessions[0].stream_count == 0)
-            assert t.session.stream_count == 0 and not t.plane._clients._tasks
+            await until(lambda: t.session.stream_count == 0 and not t.plane._clients._tasks)
 
 
 async def test_the_worker_goes_while_its_target_is_dialed(certs, frontend):
