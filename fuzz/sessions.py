@@ -1,7 +1,7 @@
 """Two whole multiplexers and a connection that breaks, or one of them against a peer that keeps no rule.
 
 An input is a program: three bytes that set the stage, then operations, each a byte and its arguments. Operations are what an
-application does at either end, what the world does (delivering so many bytes, cuts, time), and what a liar does: sound
+application does at either end, what the world does (delivering so many bytes, cuts, time, a path with a delay), and what a liar does: sound
 frames with numbers near those that would be right, frames with damaged bytes, proofs of who holds the ticket. After each,
 both multiplexers' invariants must hold, and no side may hold more than its limits. As long as nobody has lied, no side may end
 the session, and what arrives must be what was written; at the end all of it must have arrived. Afterwards a side may end,
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from fuzz import vectors
 from fuzz.liar import Liar
-from fuzz.stage import Program
+from fuzz.stage import DELAYS, RATES, Program
 from konnektor.errors import LocalProtocolError, SessionError
 from konnektor.mux import BATCH
 from konnektor.states import Sending
@@ -26,6 +26,7 @@ OPERATIONS_BY_BYTE: tuple[Callable[[Liar], None], ...] = (
     Liar.open, Liar.answer, Liar.write, Liar.send_datagram, Liar.finish, Liar.break_off, Liar.consume, Liar.let_go,
     Liar.hint, Liar.ping, Liar.leave, Liar.flush, Liar.deliver, Liar.exchange, Liar.block, Liar.sleep,
     Liar.cut, Liar.reconnect, Liar.lie, Liar.babble, Liar.damage, Liar.forge, Liar.flood,
+    Liar.travel,
 )  # fmt: skip
 
 
@@ -58,6 +59,14 @@ def seeds() -> Iterator[bytes]:
     for mode in range(0, 128, 4):
         yield bytes((mode, 0, 1)) + talk + done
         yield bytes((mode, 1, 1)) + talk + cut + op(Liar.sleep, 2, 0) + again
+    opened = op(Liar.open, 0, 1, 0, 0, 0) + op(Liar.exchange) + op(Liar.answer, 1, 1, 1, 0) + op(Liar.exchange)
+    for rounds in range(4):
+        # Datagrams beside bulk on changing paths: PINGs that report the ones must not meet those that measure by the other.
+        said = stage + talk + opened
+        for turn in range(40):
+            said += op(Liar.send_datagram, 0, 1, 240) + op(Liar.write, 0, 0, 250) + op(Liar.consume, 1, 0, 255)
+            said += op(Liar.travel, turn * 7 % len(DELAYS), turn * 5 % len(RATES), rounds)
+        yield said + done
     for operation in OPERATIONS_BY_BYTE:
         for who in (0, 1):
             yield stage + talk + op(operation, who, 0, 1, 2, 3, 4) + op(Liar.exchange)

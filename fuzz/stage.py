@@ -8,6 +8,7 @@ from konnektor.limits import KIB, Limits
 from konnektor.mux import BATCH
 from konnektor.states import Receiving, Sending
 from tests import pair as crossed
+from tests.link import PIECE, Link
 
 LIMITS = (
     Limits(initial_window=16 * KIB, initial_streams=8, receive_pool=320 * KIB, ack_bytes=8 * KIB),
@@ -16,6 +17,8 @@ LIMITS = (
 )
 CODES = (0, 1, 5, 11, 32, 39, 40, 2**31, 2**32 - 1)
 SLEEPS = (0.001, 0.03, 0.5, 3.0, 6.0, 20.0, 70.0)
+DELAYS = (0.0, 0.001, 0.05, 0.5)
+RATES = (50e3, 1e6, 1e8)
 
 
 class Program:
@@ -283,14 +286,30 @@ class Stage:
             self.unblock()
             pump = True
             self.over = self.over or (self.pair.client.dead and seconds > 1)
+        self._expect(seconds)
+        self.pass_time(self.pair.now + seconds, pump=pump)
+
+    def travel(self) -> None:
+        """Time passes on a path with a delay and a rate; what is under way at its end comes later, or is cut."""
+        delay, rate = self.program.choice(DELAYS), self.program.choice(RATES)
+        # One round brings a piece at least, or many of them would be a silence.
+        seconds = (1 + self.program.number() % 4) * (2 * delay + PIECE / rate)
+        if any(side.gone or side.dead or side.machine is not side.mux for side in self.pair.sides):
+            return
+        self.unblock()
+        self._expect(seconds)
+        link = Link(self.pair, delay=delay, rate=rate, queue=64 * KIB, watch=self.notice)
+        link.run(seconds)
+        link.stop()
+
+    def _expect(self, seconds: float) -> None:
+        """What so much time may do to streams, and a session, that wait for somebody."""
         for side in self.pair.sides:
             for stream in side.all:
                 if stream.sending in (Sending.UNSENT, Sending.UNDECIDED) or stream.receiving is Receiving.AWAITING:
                     self.marred.add(stream)
                 if stream.receiving in (Receiving.DISCARDING, Receiving.GIVEN_UP):
                     self.over = self.over or seconds > 1
-        end = self.pair.now + seconds
-        self.pass_time(end, pump=pump)
 
     def pass_time(self, end: float, *, pump: bool) -> None:
         pair = self.pair

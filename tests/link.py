@@ -6,6 +6,7 @@ side is driven as ``Pair`` drives it, so a wake-up that the core forgets shows a
 
 import heapq
 import itertools
+from collections import deque
 
 from konnektor.limits import KIB, MIB
 from tests.pair import Recorder
@@ -54,6 +55,7 @@ class Link:
         queue: bytes that wait at the bottleneck, the sender's own kernel included, before the transport takes no more.
 
     ``delay`` and ``rate`` may be changed meanwhile; what is under way keeps its time. ``watch`` is called after each event.
+    What comes to a side that has lost its connection is lost, and what a blocked side has to say waits.
     """
 
     def __init__(self, pair, *, delay, rate, queue=16 * MIB, watch=None):
@@ -66,6 +68,7 @@ class Link:
         self._order = itertools.count()
         self._free_at = dict.fromkeys(pair.sides, 0.0)
         self._arrives_at = dict.fromkeys(pair.sides, 0.0)
+        self._under_way = {side: deque() for side in pair.sides}
 
     def open(self, opener=None, **kwargs):
         """A stream that both ends have: their meters."""
@@ -87,19 +90,33 @@ class Link:
     def _send(self, side):
         """Renders while the bottleneck's queue has room."""
         now = self.pair.now
-        while side.pending:
+        while side.wire or (side.pending and not side.blocked):
             backlog = (self._free_at[side] - now) * self.rate
             if backlog > self.queue:
                 self._at(now + (backlog - self.queue / 2) / self.rate, lambda: None)
                 return
-            side.render(64 * KIB)
+            if side.pending and not side.blocked:
+                side.render(64 * KIB)
             for size in [PIECE] * (len(side.wire) // PIECE) + [len(side.wire) % PIECE]:
                 data, side.wire[:size] = bytes(side.wire[:size]), b""
                 if data:
                     self._free_at[side] = max(now, self._free_at[side]) + size / self.rate
                     arrival = max(self._free_at[side] + self.delay, self._arrives_at[side])
                     self._arrives_at[side] = arrival
-                    self._at(arrival, lambda data=data: side.carry(data))
+                    self._under_way[side].append(data)
+                    self._at(arrival, lambda: self._arrive(side))
+
+    def _arrive(self, side):
+        data = self._under_way[side].popleft()
+        if not side.peer.gone:
+            side.carry(data)
+
+    def stop(self):
+        """The path is no more: what was under way is back on the sides' wires."""
+        self._events.clear()
+        for side, under_way in self._under_way.items():
+            side.wire[:0] = b"".join(under_way)
+            under_way.clear()
 
     def run(self, seconds):
         """Lets time pass, event by event."""

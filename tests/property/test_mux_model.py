@@ -13,6 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from konnektor.errors import KonnektorError, LocalProtocolError, SessionClosedError, StreamClosedError
 from konnektor.limits import KIB, Limits
 from konnektor.states import Sending
+from tests.link import PIECE, Link
 from tests.pair import Pair
 
 LIMITS = Limits(initial_window=16 * KIB, initial_streams=8, receive_pool=320 * KIB, ack_bytes=8 * KIB)
@@ -233,6 +234,23 @@ class MuxModel(RuleBasedStateMachine):
             # Blocked for longer a side would rightly be taken for dead.
             self.unblock()
         self.pair.sleep(seconds)
+
+    @precondition(lambda self: not any(side.gone or side.dead for side in self.pair.sides))
+    @rule(
+        delay=st.sampled_from([0.0, 0.001, 0.05, 0.5]),
+        rate=st.sampled_from([50e3, 1e6, 1e8]),
+        rounds=st.sampled_from([1, 2, 10]),
+    )
+    def travel(self, delay, rate, rounds):
+        """Time passes on a path with a delay and a rate; what is under way at its end comes later, or is cut."""
+        for stream in list(self.halves):
+            if stream.sending in (Sending.UNSENT, Sending.UNDECIDED) or stream.receiving.name == "AWAITING":
+                self.break_both(stream)
+        self.unblock()
+        link = Link(self.pair, delay=delay, rate=rate, queue=64 * KIB)
+        # One round brings a piece at least, or many of them would be a silence.
+        link.run(rounds * (2 * delay + PIECE / rate))
+        link.stop()
 
     @rule(who=st.integers(0, 1))
     def be_blocked(self, who):
