@@ -13,6 +13,7 @@ import click
 from konnektor.cli.control_plane import control_plane
 from konnektor.cli.demo import demo
 from konnektor.cli.hints import explain_usage
+from konnektor.cli.options import forget_output
 from konnektor.cli.pki import pki
 from konnektor.cli.worker import worker
 from konnektor.errors import (
@@ -102,10 +103,21 @@ def _run(args: list[str] | None) -> int:
         _say("konnektor", str(error))
         return next((status for kind, status in EXIT_STATUS if isinstance(error, kind)), 1)
     except Exception as error:  # noqa: BLE001 - the last place before the user
+        if isinstance(error, OSError) and _raised_by(error) == click.echo.__module__:
+            forget_output()
+            _say("konnektor", f"standard output cannot be written: {error.strerror}")
+            return 2
         traceback.print_exc()
         _say("konnektor", f"internal error: {type(error).__name__}")
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _raised_by(error: Exception) -> str:
+    """The module whose code ran into it."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    name: str = frame.f_globals["__name__"]
+    return name
 
 
 def _say(who: str, what: str) -> None:

@@ -441,6 +441,33 @@ def test_a_ready_line_that_cannot_be_written_is_told_once_and_ends_nothing(certs
     assert rest.count("\n") == 1 and "SIGTERM: draining" in rest
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "args", [("--help",), ("--version",), ("pki", "issue", "-h"), ("worker", "--help")], ids=" ".join
+)
+@pytest.mark.parametrize(
+    ("stdout", "told"),
+    [
+        (
+            lambda: os.open("/dev/full", os.O_WRONLY),
+            (2, "konnektor: standard output cannot be written: No space left on device\n"),
+        ),
+        (nobody, (1, "")),  # as with `| head`
+    ],
+)
+def test_help_that_cannot_be_written(args, unbuffered, stdout, told):
+    output = stdout()
+    done = subprocess.run(
+        [sys.executable, "-m", "konnektor", *args],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        check=False,
+    )
+    os.close(output)
+    assert (done.returncode, done.stderr.decode()) == told
+
+
 def test_nobody_reads_the_ready_line():
     code = "from konnektor.cli.options import say_ready; import sys; sys.stdin.read(); say_ready('x'); say_ready('y')"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
