@@ -39,6 +39,10 @@ class Deadlines(Generic[T]):
         if bucket is not None:
             bucket.pop(item, None)
 
+    def is_due(self, tick: int, now: float) -> bool:
+        """Whether ``expire(now)`` takes out what was added under this key."""
+        return tick * TICK <= now
+
     def next(self) -> float | None:
         """When ``expire`` should be called, or None. Buckets that have emptied since are dropped here."""
         heap, buckets = self._heap, self._buckets

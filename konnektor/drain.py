@@ -3,7 +3,8 @@
 Theory of operation. The first GOAWAY asks for no more streams and names no limit, because OPENs may
 be on their way; once it has been read (or after SETTLE) the second names the last stream taken, and
 whatever comes beyond is refused. When no stream is left, or the grace is over and the rest is reset,
-the side *lingers* until all it sent is acknowledged, at most LINGER, and then sends CLOSE.
+the side *lingers* until all it sent is acknowledged, and then sends CLOSE: at most LINGER after the last ACK that advanced,
+or after the grace. Without a connection nothing can be acknowledged, so it waits for another, until the grace is over.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ ALL_IDS: Final = 2**32 - 1
 MAX_GRACE_MS: Final = 2**32 - 1
 SETTLE: Final = 5.0
 LINGER: Final = 5.0
+"""Seconds."""
 
 
 class Step(Enum):
@@ -45,10 +47,12 @@ class Drain:
     """
 
     __slots__ = (
+        "_closes_by",
         "_goaway_seq",
         "_goaways",
         "_grace_ends",
         "_linger_ends",
+        "_lingering",
         "_settle_ends",
         "begun",
         "code",
@@ -67,7 +71,9 @@ class Drain:
         self._goaway_seq = 0
         self._grace_ends = math.inf
         self._settle_ends = math.inf
+        self._lingering = False
         self._linger_ends = math.inf
+        self._closes_by = math.inf
 
     @property
     def due(self) -> float:
@@ -76,8 +82,12 @@ class Drain:
 
     def begin(self, grace: float, code: int, reason: str, now: float) -> bool:
         """Starts leaving; True the first time. Later calls can only shorten the grace."""
-        if self._linger_ends == math.inf:
-            self._grace_ends = min(self._grace_ends, now + max(0.0, grace))
+        ends = now + max(0.0, grace)
+        if self._lingering:
+            self._closes_by = min(self._closes_by, ends + LINGER)
+            self._linger_ends = min(self._linger_ends, self._closes_by)
+        else:
+            self._grace_ends = min(self._grace_ends, ends)
         if self.begun:
             return False
         self.begun = self.goaway_due = True
@@ -109,7 +119,7 @@ class Drain:
             streams: whether any are left.
             quiet: whether nothing is to be sent or unacknowledged.
         """
-        lingering = self._linger_ends < math.inf
+        lingering = self._lingering
         if self._goaways == 1 and not self.goaway_due and (acked >= self._goaway_seq or now >= self._settle_ends):
             self._settle_ends = math.inf
             self.goaway_due = True
@@ -123,12 +133,24 @@ class Drain:
     def refuses(self, stream_id: int, now: float) -> bool:
         """Whether an OPEN comes too late: behind the second GOAWAY, or when the grace of the streams is over."""
         too_high = self.last_taken is not None and stream_id > self.last_taken
-        return too_high or self._linger_ends < math.inf or now >= self._grace_ends
+        return too_high or self._lingering or now >= self._grace_ends
 
     def linger(self, now: float) -> None:
         """The streams have ended or been reset."""
+        self._closes_by = max(self._grace_ends, now) + LINGER
         self._grace_ends = math.inf
-        self._linger_ends = now + LINGER
+        self._lingering = True
+        self.progressed(now)
+
+    def progressed(self, now: float) -> None:
+        """The peer acknowledged something, or is there again."""
+        if self._lingering:
+            self._linger_ends = min(now + LINGER, self._closes_by)
+
+    def held(self) -> None:
+        """There is no connection."""
+        if self._lingering:
+            self._linger_ends = self._closes_by
 
     def assert_invariants(self) -> None:
         """For tests."""

@@ -102,6 +102,7 @@ class Inbound:
         pos, end = 0, len(view)
         counted = 0
         frames = -acks.seq
+        established = mux.hello_received
         # Declared, because compiled they are machine integers then, and nobody says what a struct unpacks to.
         kind: int
         flags: int
@@ -111,7 +112,7 @@ class Inbound:
             kind, flags, length, stream_id = unpack(view, pos)
             body = pos + HEADER_SIZE
             stop = body + length
-            stream = streams.get(stream_id) if kind == 0 else None
+            stream = streams.get(stream_id) if kind == 0 and established else None
             if stream is not None and flags < 3 and length <= max_frame and (length or flags):
                 # The short way, for what is nearly everything: sound DATA of a live stream.
                 if stop > end:
@@ -128,6 +129,7 @@ class Inbound:
                     self.abuse.hint(mux.admission.opens, now)
                 else:
                     self._frame(frame, pos, now)
+                    established = mux.hello_received
                     frames += _CRUMBS.get(kind, 0)
             pos = stop
             if not kind & UNSEQUENCED:
@@ -141,6 +143,9 @@ class Inbound:
                 mux.wake()
             else:
                 mux.arm(acks.due_at)
+        # FIN and RESET, and what is discarded, give room back to the pool.
+        if mux.opens:
+            mux.wake()
         frames += acks.seq
         if pos < frames * (HEADER_SIZE + CRUMB):
             mux.pause_reading_until = self.abuse.crumbs(frames, pos - frames * HEADER_SIZE, now)

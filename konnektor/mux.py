@@ -44,7 +44,7 @@ from konnektor.errors import (
     stream_error,
 )
 from konnektor.flight import Flight
-from konnektor.frames import MAX_OPEN, Buffer, Close, Feature, OpenTLV, Resume, is_type_name
+from konnektor.frames import MAX_OPEN, MAX_OPENS, Buffer, Close, Feature, OpenTLV, Resume, is_type_name
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import LATE_TIMER, Liveness
@@ -70,7 +70,11 @@ from konnektor.states import (
 __all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
 RESET_OWED: Final = 30.0
-"""Seconds after the ACK of a STOP or REFUSE within which the peer must have ended its half."""
+"""Seconds after the ACK of a STOP or REFUSE within which the peer must have ended its half; as long once more if meanwhile
+sequenced frames came, behind which its RESET may stand: after a resume those are all that is sent again."""
+
+RESET_OWED_AT_MOST: Final = 600.0
+"""Seconds after which that is no excuse."""
 
 
 class Handler(Protocol):
@@ -156,8 +160,6 @@ class Mux:
         self.cut_off = 0
         self.owed: deque[tuple[int, int]] = deque()
         """STOPs and REFUSEs on the wire, by their number in the sequence."""
-        self._owing: list[MuxStream] = []
-        """Streams whose peer owed their end when the connection broke."""
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
         self.datagrams = Datagrams()
@@ -232,6 +234,7 @@ class Mux:
         deadline: float | None = None,
         tlvs: Mapping[int, bytes] | None = None,
         datagrams: bool = False,
+        repeatable: bool = False,
     ) -> MuxStream:
         """Opens a stream of the type ``name``; the peer's answer comes to the sink.
 
@@ -248,6 +251,7 @@ class Mux:
             deadline: seconds the whole opening may take, at most 300.
             tlvs: more parameters, by ``OpenTLV`` id.
             datagrams: whether the type carries them.
+            repeatable: whether an OPEN that was perhaps accepted, and after which nothing was sent, may as well be made again.
 
         Raises:
             SessionClosedError: the session is over or draining.
@@ -274,6 +278,7 @@ class Mux:
         stream.weight = weight
         stream.send_window.limit = self.peer.initial_window
         stream.deadline = now + max(0.0, min(self.limits.open_deadline if deadline is None else deadline, MAX_DEADLINE))
+        stream.repeatable = repeatable
         stream.released = True
         self.opens[stream] = None
         self.watch(stream, stream.deadline)
@@ -393,8 +398,10 @@ class Mux:
             self.wake()
         self.outbound.check(now)
         for stream in self._deadlines.expire(now):
-            stream.watch = None
-            self._deadline_passed(stream, now, stalled=stalled)
+            # Unless the sink of another has ended this one meanwhile.
+            if stream.watch is not None and self._deadlines.is_due(stream.watch, now):
+                stream.watch = None
+                self._deadline_passed(stream, now, stalled=stalled)
         if now >= self.liveness.due:
             self._check_alive(now)
         if now >= self.resumption.due:
@@ -425,12 +432,22 @@ class Mux:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
         elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
-        elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP) and stalled:
-            # It was this process that stood still; what it was owed may be there, unread.
-            self.watch(stream, now + RESET_OWED)
-        elif stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
-            text = f"stream {stream.id} was not ended within {RESET_OWED:.0f} s of STOP or REFUSE"
-            self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
+        elif stream.owed is not None:
+            since, frames = stream.owed
+            came = self.inbound.acks.seq
+            # If it was this process that stood still, what it was owed may be there, unread.
+            if stalled or (came > frames and now < since + RESET_OWED_AT_MOST):
+                stream.owed = since, came
+                self.watch(stream, now + RESET_OWED)
+            else:
+                text = f"stream {stream.id} was not ended within {now - since:.0f} s of STOP or REFUSE"
+                self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
+
+    def _expect_end(self, stream: MuxStream, now: float) -> None:
+        """The peer knows of the STOP or REFUSE, and has its time to end the stream from here on."""
+        self.unwatch(stream)
+        stream.owed = now, self.inbound.acks.seq
+        self.watch(stream, now + RESET_OWED)
 
     # What the session's own frames do
 
@@ -440,7 +457,7 @@ class Mux:
         self.resumption.agreed(ticket, both=bool(self.settings.features & peer.features & Feature.RESUME))
         self.hello_received = True
         self.datagrams.agreed = bool(self.settings.features & peer.features & Feature.DATAGRAM)
-        self.admission.allow(peer.initial_streams)
+        self.admission.allow(min(peer.initial_streams, MAX_OPENS))
         for stream in (*self.streams.values(), *self.opens):
             # Opened by a client that did not wait; what exceeds the floors may flow from here on.
             stream.send_window.raise_limit(peer.initial_window)
@@ -473,12 +490,12 @@ class Mux:
         while owed and owed[0][0] <= seq:
             stream = self.streams.get(owed.popleft()[1])
             if stream is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
-                self.unwatch(stream)
-                self.watch(stream, now + RESET_OWED)
+                self._expect_end(stream, now)
         if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
         if self.leaving.begun:
+            self.leaving.progressed(now)
             self._drain_on(now)
 
     def pong(self, opaque: int, now: float) -> None:
@@ -507,11 +524,15 @@ class Mux:
         """Takes the steps of the drain that are possible now."""
         leaving, flight = self.leaving, self.flight
         while self.error is None:
-            if self.resumption.suspended and not self.streams:
+            quiet = not self.control and flight.acked == flight.sent
+            held = self.resumption.suspended
+            if held and quiet and not self.streams:
+                # Nobody misses anything.
                 self.close(leaving.code, leaving.reason)
                 return
-            quiet = not self.control and flight.acked == flight.sent
-            match leaving.step(now, acked=flight.acked, streams=bool(self.streams), quiet=quiet):
+            # What has ended here may not have arrived there, and will if there is another connection.
+            streams = bool(self.streams) or held
+            match leaving.step(now, acked=flight.acked, streams=streams, quiet=quiet):
                 case Step.WAIT:
                     return
                 case Step.SAY_GOAWAY:
@@ -538,14 +559,18 @@ class Mux:
                 self._abandon(stream, unreachable())
         for stream in list(self.streams.values()):
             if stream.receiving is RECEIVING_AWAITING:
-                # What was sent ahead of its answer may have been taken in, and the answer lost with the connection.
-                stream.break_off(unreachable(refused=not stream.send_window.sent), Code.CANCELLED)
+                # The peer may have accepted it and taken in what was sent ahead, and the answer be lost with the connection.
+                harmless = stream.repeatable and not stream.send_window.sent
+                stream.break_off(unreachable(refused=harmless), Code.CANCELLED)
 
     def reconnected(self, now: float) -> None:
         """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
-        for stream in self._owing:
-            self.watch(stream, now + RESET_OWED)
-        self._owing.clear()
+        for stream in self.streams.values():
+            if stream.owed is not None:
+                self._expect_end(stream, now)
+        if self.leaving.begun:
+            self.leaving.progressed(now)
+            self.arm(self.leaving.due)
         self.awake = False
         self.wake()
         self.arm(self.liveness.due)
@@ -558,12 +583,12 @@ class Mux:
         self.liveness.suspended()
         self.drop_datagrams()
         for stream in self.streams.values():
-            if stream.watch is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
+            if stream.owed is not None:
                 # Nothing can come: the peer has its time when the connection is back.
                 self.unwatch(stream)
-                self._owing.append(stream)
         self.arm(self.resumption.due)
         if self.leaving.begun:
+            self.leaving.held()
             self._drain_on(now)
 
     def give_up(self, stream: MuxStream) -> None:
@@ -591,7 +616,6 @@ class Mux:
         self.opens.clear()
         self.control.clear()
         self.owed.clear()
-        self._owing.clear()
         # First all of them, then the sinks: whatever those call finds every stream at its end.
         for stream, _ in streams:
             stream.end()
@@ -663,8 +687,11 @@ class Mux:
             self.want_control(stream)
         elif stream.forgotten:
             self.retire(stream)
+        self.freed()
+
+    def freed(self) -> None:
+        """The pool may have room for an OPEN that waits for it."""
         if self.opens:
-            # The pool may have room for one of them now.
             self.wake()
 
     def decided(self, stream: MuxStream) -> None:
@@ -700,8 +727,7 @@ class Mux:
         stream.retired = True
         if self.admission.is_ours(stream.id):
             self.pool.release()
-            if self.opens:
-                self.wake()
+            self.freed()
         else:
             self.admission.retire()
             self.grant_opens()

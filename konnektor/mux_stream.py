@@ -98,6 +98,8 @@ class MuxStream(Flow):
         pinned: a rule of this side's set class and weight, and the peer's PRIORITY does not change them.
         low_water: where ``sink.writable`` is called after ``want_room``.
         deadline: when the opening is given up.
+        repeatable: if its OPEN was perhaps accepted, and nothing sent after it, another will do no harm.
+        owed: since when the peer owes its end, and how many sequenced frames had come when that was looked at last.
     """
 
     __slots__ = (
@@ -114,12 +116,14 @@ class MuxStream(Flow):
         "in_control",
         "low_water",
         "name",
+        "owed",
         "pinned",
         "priority_due",
         "queued",
         "receive_window",
         "receiving",
         "released",
+        "repeatable",
         "reset_code",
         "reset_text",
         "retired",
@@ -168,6 +172,8 @@ class MuxStream(Flow):
         self.deadline = 0.0
         self.watch: int | None = None
         self.pinned = False
+        self.repeatable = False
+        self.owed: tuple[float, int] | None = None
         # what is to be said at the next rendering
         self.in_control = False
         self.accept_tlvs: Mapping[int, bytes] | None = None
@@ -228,6 +234,7 @@ class MuxStream(Flow):
             return
         self.move_receiving(EVENT_DO_REFUSE)
         self.receive_window.drop()
+        self._mux.freed()
         self.reset_code, self.reset_text = code, text
         self.retry_ms = int(max(0.0, min(retry_after, 86_400.0)) * 1000)
         self._mux.decided(self)
@@ -356,6 +363,7 @@ class MuxStream(Flow):
         else:
             self.move_receiving(EVENT_DO_STOP)
             self.receive_window.drop()
+            self._mux.freed()
             if before is not self.receiving:
                 self.stop_due, self.stop_code = True, code
                 self._mux.stopped(self)

@@ -31,7 +31,7 @@ from konnektor.frames import (
     data_header,
 )
 from konnektor.mux_stream import MuxStream
-from konnektor.scheduler import FRESH, IDLE
+from konnektor.scheduler import FRESH, FRESH_RUN, IDLE
 from konnektor.states import (
     EVENT_DO_FINISH,
     EVENT_SENT_END,
@@ -121,13 +121,15 @@ class Outbound:
         due: when a PING or PRIORITY that had to wait for its pace may go out, infinite if none does.
     """
 
-    __slots__ = ("_hints", "_mux", "_waiting", "due", "empties", "hello_sent", "lossy", "streams_due")
+    __slots__ = ("_hints", "_mux", "_passed", "_waiting", "due", "empties", "hello_sent", "lossy", "streams_due")
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self.hello_sent = False
         self.streams_due = False
         self.empties = 0
+        self._passed = 0
+        """Bytes that fresh streams sent beyond the cap since one that waits for room in it has sent any."""
         self.lossy: list[int] = []
         self.due = math.inf
         self._hints = Allowance(*OWN_HINTS)
@@ -362,11 +364,16 @@ class Outbound:
             cap = min(cap, mux.resumption.room)
         while size < max_bytes and scheduler.active:
             over = flight.in_flight - cap
-            stream = scheduler.next(fresh_only=fresh_only or over >= 0) if over < cap else None
+            if over >= cap:
+                break
+            # What passes the cap can keep it full for ever: then it is the turn of those that wait for room, too.
+            full = over >= 0 and self._passed < FRESH_RUN
+            stream = scheduler.next(fresh_only=fresh_only or full)
             if stream is None:
                 break
             assert isinstance(stream, MuxStream)
-            hurried = stream.place == FRESH and scheduler.contended
+            fresh = stream.place == FRESH
+            hurried = fresh and scheduler.contended
             sending = stream.sending
             if sending is not SENDING_OPEN and sending is not SENDING_FINISHING:
                 scheduler.finish(stream, 0, now)
@@ -404,6 +411,10 @@ class Outbound:
             frame_size = count + HEADER_SIZE
             size += frame_size
             flight.on_sent(frame_size)
+            if not fresh:
+                self._passed = 0
+            elif over >= 0:
+                self._passed += frame_size
             if flags == 1:
                 scheduler.finish(stream, frame_size, now)
                 stream.move_sending(EVENT_SENT_END)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-__all__ = ["IDLE", "Flow", "Scheduler"]
+__all__ = ["FRESH", "FRESH_RUN", "IDLE", "Flow", "Scheduler"]
 
 IDLE: Final = 0
 FRESH: Final = 1

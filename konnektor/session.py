@@ -384,6 +384,7 @@ class Session:
             weight=1 if weight is None else weight,
             deadline=deadline,
             datagrams=request.datagrams,
+            repeatable=request.repeatable,
         )
         stream.pinned = rule is not None
         return stream

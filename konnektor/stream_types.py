@@ -47,18 +47,26 @@ class StreamType(msgspec.Struct, metaclass=_Meta, frozen=True, omit_defaults=Tru
         name: what OPEN calls it; a base of other types needs none.
         priority: class its streams start in: 0 interactive, 1 default, 2 bulk.
         datagrams: whether its streams carry datagrams beside their bytes; both peers must say the same.
+        repeatable: whether a request may as well be made twice if nothing was sent after it, as one to connect may. If the
+            connection breaks before the answer, only then is the error ``retryable``.
 
     Raises:
-        ConfigurationError: by the ``class`` statement: one of the three is not what it must be.
+        ConfigurationError: by the ``class`` statement: one of these is not what it must be.
     """
 
     name: ClassVar[str] = ""
     priority: ClassVar[int] = 1
     datagrams: ClassVar[bool] = False
+    repeatable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for attribute, example in (("name", '"exec@acme.example"'), ("priority", "2"), ("datagrams", "True")):
+        for attribute, example in (
+            ("name", '"exec@acme.example"'),
+            ("priority", "2"),
+            ("datagrams", "True"),
+            ("repeatable", "True"),
+        ):
             if isinstance(getattr(cls, attribute), MemberDescriptorType):
                 raise ConfigurationError(
                     f"{cls.__name__}.{attribute} has an annotation, which makes it a field of each request: "
@@ -139,6 +147,7 @@ class Tcp(StreamType, frozen=True):
     """A TCP connection that the accepting end dials; ``host`` is a name or an address, resolved there."""
 
     name: ClassVar[str] = "tcp"
+    repeatable: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -153,6 +162,7 @@ class Udp(StreamType, frozen=True):
 
     name: ClassVar[str] = "udp"
     datagrams: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 

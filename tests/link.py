@@ -108,7 +108,8 @@ class Link:
 
     def _arrive(self, side):
         data = self._under_way[side].popleft()
-        if not side.peer.gone:
+        peer = side.peer
+        if not peer.gone or peer.machine is not peer.mux:
             side.carry(data)
 
     def stop(self):

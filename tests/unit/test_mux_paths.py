@@ -9,6 +9,7 @@ from konnektor.errors import PeerTimeoutError
 from konnektor.frames import Data, Ping
 from konnektor.limits import KIB, MIB, Limits
 from konnektor.mux import PAYLOAD
+from konnektor.outbound import FRESH_PAYLOAD
 from tests.link import Link, Meter
 from tests.pair import Pair
 
@@ -268,6 +269,44 @@ def test_keystrokes_beside_16_bulk_streams(both_ways):
     came = [meter.received - was for meter, was in zip(receiving, before, strict=True)]
     assert sum(came) > (2 * 0.7 if both_ways else 0.85) * rate * 5
     assert min(came) > 0.5 * max(came)
+
+
+class Asker(Meter):
+    """Sends as much as fresh streams may have beyond the cap, and again as soon as that is answered."""
+
+    def ask(self):
+        self.stream.write(bytes(FRESH_PAYLOAD))
+
+    def data_received(self, data):
+        super().data_received(data)
+        self.ask()
+
+
+class Answerer(Meter):
+    def data_received(self, data):
+        before = self.received // FRESH_PAYLOAD
+        super().data_received(data)
+        self.stream.write(bytes(self.received // FRESH_PAYLOAD - before))
+
+
+@pytest.mark.parametrize("priority", [0, 1])
+def test_small_streams_that_keep_the_connection_full_do_not_starve_bulk(priority):
+    """Each of them is idle until it is answered, so each may pass the cap; together they are more than the path takes."""
+    pair, link = linked(0.02, 4e6, queue=128 * KIB)
+    bulk, meter = link.open(priority=priority)
+    askers = []
+    for _ in range(30):
+        asking, answering = link.open(priority=2)
+        Answerer(answering.stream)
+        askers.append(Asker(asking.stream))
+    bulk.write()
+    link.run(3)
+    for asker in askers:
+        asker.ask()
+    link.run(3)
+    assert pair.client.mux.flight.in_flight > 0.9 * pair.client.mux.flight.cap(pair.now)
+    for _ in range(4):
+        assert link.goodput(meter, 2) > 0.04 * link.rate
 
 
 def test_a_receiver_of_bulk_measures_the_path_as_well():

@@ -4,8 +4,9 @@ import pytest
 
 from konnektor.admission import LAST_ID
 from konnektor.errors import Code, LimitError, PeerTimeoutError, SessionClosedError, SessionLost
-from konnektor.frames import Close, Data, Hello, Open, Ping, Pong
+from konnektor.frames import MAX_OPENS, Close, Data, Hello, HelloTLV, Open, Ping, Pong
 from konnektor.limits import KIB, MIB, Limits
+from konnektor.settings import Settings
 from tests.pair import SMALL, Pair
 from tests.unit.test_mux_streams import frames_of, kinds
 
@@ -265,3 +266,21 @@ def test_peer_that_talks_and_never_acknowledges():
     assert isinstance(pair.client.error, PeerTimeoutError)
     assert "acknowledged nothing" in str(pair.client.error)
     assert isinstance(stream.sink.error, SessionLost)
+
+
+def test_data_before_hello_is_a_protocol_error_on_a_stream_that_was_opened_early_too():
+    pair = Pair(hello=False)
+    stream = pair.client.open()
+    pair.client.flush()
+    assert stream.id == 1
+    pair.client.deceived = True
+    pair.client.mux.receive(Data(1, b"x").encode(), pair.now)
+    assert pair.client.error.code == Code.PROTOCOL
+
+
+def test_a_peer_may_allow_as_many_streams_as_it_can_say():
+    pair = Pair(hello=False)
+    tlvs = Settings.of(Limits()).to_tlvs() | {HelloTLV.INITIAL_STREAMS: b"\xff" * 4}
+    pair.client.mux.receive(Hello(1, 1, b"S" * 32, tlvs).encode(), pair.now)
+    assert pair.client.error is None
+    assert pair.client.mux.admission.allowed == MAX_OPENS

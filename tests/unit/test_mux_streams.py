@@ -4,7 +4,9 @@ import pytest
 
 from konnektor.errors import Code, LocalProtocolError, StreamClosedError
 from konnektor.frames import Accept, Credit, Data, Datagram, Open, OpenTLV, Priority, Refuse, Reset, Stop, scan
+from konnektor.limits import KIB, Limits
 from konnektor.states import Receiving, Sending
+from tests.link import Link
 from tests.pair import Pair
 
 
@@ -706,3 +708,59 @@ def test_reset_that_comes_in_time():
     pair.sleep(60)
     assert pair.client.error is None
     assert theirs.sending is Sending.ENDED
+
+
+@pytest.mark.parametrize("how", ["cancel", "refuse"])
+def test_a_sink_that_hears_of_a_deadline_may_end_other_streams_that_are_due(how):
+    """They are over then, and nobody is late with anything."""
+    pair = Pair()
+    bystander, _ = pair.open()
+    if how == "cancel":
+        later = []
+        pair.client.open(deadline=5, on={"failed": lambda _: later[0].cancel()})
+        later.append(pair.client.open(deadline=5))
+        pair.client.flush()
+        pair.client.wire.clear()
+    else:
+        for _ in range(2):
+            pair.client.open(deadline=5)
+        pair.client.flush()
+        pair.client.deliver()
+        first, second = pair.server.opened[1:]
+        first.sink.on["failed"] = lambda _: second.refuse(Code.LIMIT)
+    pair.sleep(8, pump=False)
+    assert pair.client.error is None and pair.server.error is None
+    assert bystander.sink.error is None
+
+
+@pytest.mark.parametrize("how", ["fin", "reset", "stop", "stop after fin"])
+def test_room_that_a_stream_gives_back_is_for_an_open_that_waits(how):
+    """Nothing else happens that would bring the OPEN about."""
+    pair = Pair(Limits(initial_window=16 * KIB, initial_streams=8, receive_pool=512 * KIB), Limits(initial_streams=100))
+    link = Link(pair, delay=0.02, rate=50e6)
+    ours, theirs = link.open()
+    theirs.write()
+    link.run(3)
+    theirs.writing = False
+    if "stop" in how:
+        ours.auto = False
+        theirs.stream.write(bytes(256 * KIB))
+    link.run(1)
+    if how == "stop after fin":
+        theirs.stream.finish()
+        link.run(1)
+    pool = pair.client.mux.pool
+    assert pool.extra > 128 * KIB
+    while pool.free >= pool.base:
+        link.open()
+    waiting = pair.client.open(deadline=100)
+    link.run(1)
+    assert not waiting.id
+    if "stop" in how:
+        ours.stream.stop()
+    elif how == "reset":
+        theirs.stream.reset()
+    else:
+        theirs.stream.finish()
+    link.run(0.2)
+    assert waiting.id

@@ -9,6 +9,7 @@ from konnektor.limits import KIB, MIB, Limits
 from konnektor.rejoin import Rejoin
 from konnektor.replay import Replay, Ticket
 from konnektor.states import Receiving
+from tests.link import Link
 from tests.pair import SMALL, Newcomer, Pair, Side
 
 
@@ -477,16 +478,18 @@ def test_after_a_failed_attempt_nothing_is_kept_for_later(how):
 
 def test_streams_that_were_not_accepted_can_be_tried_elsewhere():
     pair = resumable()
-    early = pair.client.open()
+    early = pair.client.open(repeatable=True)
     early.write(b"ahead of the answer")
-    sent = pair.client.open()
+    sent = pair.client.open(repeatable=True)
+    once = pair.client.open()
     pair.client.flush()
     pair.cut()
     unsent = pair.client.open()
     pair.sleep(1.9)
     assert not early.sink.error and not sent.sink.error and not unsent.sink.error
     pair.sleep(0.2)
-    for stream, retryable in ((early, False), (sent, True), (unsent, True)):
+    # The peer may have accepted it and done all that its header asks for.
+    for stream, retryable in ((early, False), (sent, True), (once, False), (unsent, True)):
         assert isinstance(stream.sink.error, UnreachableError)
         assert stream.sink.error.retryable is retryable
     with pytest.raises(UnreachableError):
@@ -573,6 +576,50 @@ def test_the_time_for_a_reset_that_is_owed_begins_anew_with_the_connection(broke
     assert f"stream {stream.id} was not ended within 30 s" in str(pair.client.error)
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_reset_that_is_owed_may_stand_behind_what_is_sent_again(cancelled):
+    """All of that goes first: on a path that has become slow it takes longer than a RESET may take."""
+    pair = resumable(Limits())
+    link = Link(pair, delay=0.1, rate=20 * MIB)
+    down, up = link.open()
+    up.write()
+    link.run(6)
+    asked = pair.client.open()
+    if cancelled:
+        asked.cancel()
+    link.run(0.15)
+    up.writing = False
+    link.stop()
+    pair.cut()
+    pair.sleep(3, pump=False)  # long enough for what was not accepted to be given up
+    pair.reconnect()
+    slow = Link(pair, delay=0.05, rate=100 * KIB, queue=256 * KIB)
+    before = down.received
+    slow.run(70)
+    assert pair.client.error is None and pair.server.error is None
+    assert down.received - before > 5 * MIB
+    assert pair.client.mux.streams.keys() == {down.stream.id}
+
+
+@pytest.mark.parametrize("talking", [False, True])
+def test_a_reset_that_is_owed_is_not_waited_for_for_ever(talking):
+    """Thirty seconds of a peer that sends nothing that counts, ten minutes of one that sends anything else."""
+    pair = resumable()
+    bystander, theirs = pair.open()
+    stream, _ = owed(pair)
+    pair.client.deceived = True  # by that ACK, which the server sends once more
+    pair.server.mux.control.clear()  # a server that forgets what it owes
+    since = pair.now
+    while pair.client.error is None and pair.now < since + 1000:
+        if talking:
+            theirs.write(b"x")
+        pair.sleep(5)
+    assert f"stream {stream.id} was not ended within" in str(pair.client.error)
+    assert pair.now - since < (640 if talking else 40)
+    assert pair.now - since >= (600 if talking else 30)
+    assert bystander.sink.error is not None
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_drained_while_suspended_without_streams(before):
     pair = resumable()
@@ -624,7 +671,91 @@ def test_resuming_hears_that_all_a_drain_waited_for_has_arrived():
     assert pair.client.error is None
     pair.server.mux.drain(10, pair.now)
     pair.cut(notice=["client"])
-    assert pair.client.error is not None
+    # Its GOAWAY is not acknowledged, as far as it knows.
+    assert pair.client.error is None
+    pair.resume()
+    pair.sleep(1)
+    assert pair.client.error is not None and pair.client.error.code == Code.SHUTDOWN
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_what_has_ended_at_the_draining_side_arrives_at_the_other(noticed):
+    """Its stream is forgotten as soon as FIN is on the wire, which says nothing about the other end."""
+    pair = resumable()
+    ours, theirs = pair.open()
+    ours.finish()
+    pair.pump()
+    theirs.write(b"x" * 8 * KIB)
+    theirs.finish()
+    pair.server.flush()
+    assert not pair.server.mux.streams
+    pair.server.mux.drain(30, pair.now)
+    pair.server.flush()
+    pair.cut(notice=["client", "server"][: 1 + noticed])
+    pair.sleep(7, pump=False)
+    assert pair.server.error is None
+    pair.resume()
+    assert len(ours.sink.data) == 8 * KIB and ours.sink.kinds[-2:] == ["eof", "closed"]
+    pair.sleep(1)
+    assert pair.server.error.code == Code.SHUTDOWN
+
+
+def test_what_has_ended_waits_for_another_connection_no_longer_than_the_grace():
+    pair = resumable()
+    _, theirs = pair.open()
+    theirs.write(b"x")
+    theirs.cancel()
+    pair.server.flush()
+    pair.server.mux.drain(10, pair.now)
+    pair.cut()
+    pair.sleep(9, pump=False)
+    assert pair.server.error is None
+    pair.sleep(7, pump=False)
+    assert pair.server.error is not None
+
+
+def test_a_drain_lingers_while_what_is_sent_again_arrives():
+    """However slow the new path is: as long as something arrives, and the grace is not over."""
+    pair = resumable(Limits())
+    link = Link(pair, delay=0.1, rate=60 * MIB)
+    down, up = link.open()
+    up.write()
+    link.run(6)
+    pair.server.mux.drain(3600, pair.now)
+    link.run(1)
+    up.writing = False
+    while up.stream.queued:
+        link.run(0.005)
+    up.stream.finish()
+    link.run(0.01)
+    total = up.stream.send_window.sent
+    assert pair.server.mux.flight.sequenced > 8 * MIB
+    link.stop()
+    pair.cut()
+    pair.reconnect()
+    slow = Link(pair, delay=0.05, rate=400 * KIB, queue=256 * KIB)
+    slow.run(1)
+    down.stream.finish()
+    slow.run(60)
+    assert down.received == total and down.kinds[-2:] == ["eof", "closed"]
+    assert pair.server.error.code == Code.SHUTDOWN
+
+
+def test_a_second_drain_shortens_the_wait_for_what_has_ended():
+    pair = resumable()
+    pair.server.mux.drain(1000, pair.now)
+    pair.server.flush()
+    pair.server.deliver()
+    pair.server.mux.receive(frames.Ack(pair.client.mux.inbound.acks.seq).encode(), pair.now)
+    pair.server.flush()  # the second GOAWAY, which nobody gets
+    pair.cut()
+    pair.sleep(20, pump=False)
+    assert pair.server.error is None
+    pair.server.mux.drain(0, pair.now)
+    pair.sleep(4.9, pump=False)
+    assert pair.server.error is None
+    pair.sleep(0.2, pump=False)
+    assert pair.server.error is not None
 
 
 def test_silence_suspends():
