@@ -1,7 +1,8 @@
 """One of the event loop's transports, TLS above all, with the end that a splice needs.
 
-The loops keep bytes beneath TLS of which they tell nobody, and give what is left at ``close`` so many seconds and drop it then; and
-of a connection that nobody reads from they do not hear that it was reset. What is between those and a splice stands here.
+The loops keep bytes beneath TLS of which they tell nobody, and give what is left at ``close`` so many seconds and drop it then; of a
+connection that nobody reads from they do not hear that it was reset; and an end that TLS does not vouch for they tell like any other.
+What is between those and a splice stands here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import select
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -23,6 +25,8 @@ LOOK_AFTER: Final = 5.0
 """Seconds between looks whether a paused connection is still there: what came before a reset is kept for one to two of them."""
 GIVE_UP: Final = 30.0
 """Seconds in which the other end has to take something of what is left, or it is reset."""
+PIECE: Final = 64 * 1024
+"""Bytes taken out of TLS at once."""
 _TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 
 
@@ -35,10 +39,21 @@ class LoopTransport:
             ``abort``.
 
     Attributes:
+        peer: the other end's address, as its socket has it; still known when the connection is lost.
         read_size: not heeded; the loop has its own.
     """
 
-    __slots__ = ("_closing", "_looking", "_loop", "_on_broken", "_paused", "_transport", "read_size")
+    __slots__ = (
+        "_closing",
+        "_looking",
+        "_loop",
+        "_on_broken",
+        "_paused",
+        "_ssl_object",
+        "_transport",
+        "peer",
+        "read_size",
+    )
 
     def __init__(self, transport: asyncio.Transport, on_broken: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -47,6 +62,9 @@ class LoopTransport:
         self._paused = False
         self._looking = False
         self._closing = False
+        # Asked for now: once the connection is lost, the loops may have neither.
+        self._ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        self.peer: Any = transport.get_extra_info("peername")
         self.read_size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -103,6 +121,27 @@ class LoopTransport:
                 self._loop.call_later(LOOK_AFTER, self._look, is_gone)
 
     # The end
+
+    def is_whole(self, deliver: Callable[[bytes], object]) -> bool:
+        """Whether the other end has sent all that it meant to, once the loop says that no more comes.
+
+        TLS vouches for an end by close_notify (RFC 8446 section 6.1); after a bare FIN, which anyone on the path can forge, nobody
+        knows. The loops do not tell the two apart: asyncio calls ``eof_received`` for either, and uvloop, where reading is paused,
+        for neither. OpenSSL does. What the other end does after ``close`` does not matter, nor is there anything to tell without TLS.
+
+        Args:
+            deliver: given what TLS still holds and the loop would drop, which on uvloop is all that came while reading was paused.
+        """
+        if self._closing or self._ssl_object is None:
+            return True
+        try:
+            while data := self._ssl_object.read(PIECE):
+                deliver(data)
+        except ssl.SSLZeroReturnError:  # as above, after a close_notify of ours
+            return True
+        except ssl.SSLError:  # SSLWantReadError: it waits for more
+            return False
+        return True
 
     def close(self) -> None:
         """Closes once the kernel has everything: from then on the loop gives it only so long."""

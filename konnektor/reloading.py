@@ -58,7 +58,7 @@ class ReloadingContext:
     def _look(self) -> tuple[tuple[int, ...], ...] | None:
         try:
             stats = [path.stat() for path in self._paths]
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a path with a NUL, of which reading says more
             return None
         # ctime is what chmod changes, and a file that is given an older mtime.
         return tuple([(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino) for stat in stats])

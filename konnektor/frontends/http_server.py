@@ -103,7 +103,8 @@ class HttpConnect(asyncio.BufferedProtocol):
             self._task = self._spawn(self._serve(request))
 
     def eof_received(self) -> bool:
-        # Before the 200 nothing can be half-closed: the client gave up. After it, the tunnel will be told.
+        # Before the 200 nothing can be half-closed: the client gave up. After it, the tunnel will be told, which
+        # finds out whether TLS vouches for that end.
         self._half_closed = self._answered
         return self._answered
 

@@ -299,6 +299,9 @@ def test_a_worker_is_no_control_plane(run, certs):
 def test_the_files_of_an_https_frontend(run, certs):
     url = "https://127.0.0.1:0?cert=x&key=y&client-ca=z"
     assert "/z does not exist" in sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", url), 3)
+    url = "https://127.0.0.1:0?cert=a&key=b&client-ca=a%00b"
+    text = sentence(run(*PLANE[:3], *flags(certs.plane), "--frontend", url), 3)
+    assert text == r"konnektor: CA file 'a\x00b' cannot be read: embedded null byte"
 
 
 # Listening, status 4

@@ -312,6 +312,58 @@ async def test_a_client_that_resets(certs, frontend):
         await until(lambda: t.session.stream_count == 0)
 
 
+def cut(writer):
+    """A FIN at once: by a client that was killed, or by anyone on the path."""
+    with socket.fromfd(writer.get_extra_info("socket").fileno(), socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.shutdown(socket.SHUT_WR)
+
+
+async def test_an_upload_over_tls_that_is_cut_short_resets_the_target(certs):
+    async with target() as echo, tunnel(certs) as t:
+        where = await t.plane.add_frontend(https_url(certs))
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, **https_client(certs)) as (reader, writer):
+            writer.write(b"half")
+            await reader.readexactly(4)
+            cut(writer)
+            assert isinstance(await echo.made[0].lost, ConnectionResetError)
+            assert not echo.made[0].eof.is_set()
+        await until(lambda: t.session.stream_count == 0)
+
+
+async def test_an_upload_over_tls_that_is_cut_short_between_the_200_and_the_tunnel(certs, monkeypatch):
+    async with target() as echo, tunnel(certs) as t:
+
+        class InBetween(HttpConnect):
+            steps = done = None
+
+            async def _establish(self, stream):
+                self.done = asyncio.get_running_loop().create_future()
+                self.steps = super()._establish(stream)
+                try:
+                    self.steps.send(None)  # the 200 is written
+                    await self.done
+                finally:
+                    self.steps.close()
+
+            def eof_received(self):  # by asyncio; uvloop only says that the connection is lost
+                keep = super().eof_received()
+                with contextlib.suppress(StopIteration):
+                    self.steps.send(None)
+                self.done.set_result(None)
+                return keep
+
+        monkeypatch.setattr("konnektor.frontends.clients.HttpConnect", InBetween)
+        where = await t.plane.add_frontend(https_url(certs))
+        to = f"127.0.0.1.node-1.konnektor.internal:{echo.port}"
+        async with connected(where, to, b"half", **https_client(certs)) as (_, writer):
+            cut(writer)
+            await until(lambda: echo.made)
+            assert isinstance(await echo.made[0].lost, ConnectionResetError)
+            assert not echo.made[0].eof.is_set()
+        await until(lambda: t.session.stream_count == 0)
+
+
 # One call at a time
 
 

@@ -5,10 +5,12 @@ import contextlib
 import errno
 import gc
 import itertools
+import logging
 import random
 import resource
 import socket
 import struct
+import threading
 import time
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -602,6 +604,66 @@ async def test_tls_ends_both_halves_cleanly(authority, caplog):
                 await anyio.sleep(0.001)
         await ended.wait()
     assert "eof_received" not in caplog.text
+
+
+def upload(sock, context, data, goodbye, sent):
+    """A TLS client on OpenSSL's own system calls, which does not wait for the other end's close_notify before its FIN."""
+    with sock, context.wrap_socket(sock, server_hostname="cp") as tls:
+        tls.sendall(data)
+        if goodbye:
+            tls.settimeout(0.1)
+            with contextlib.suppress(OSError):  # it is sent, and not answered yet
+                tls.unwrap()
+            tls.settimeout(None)
+        tls.shutdown(socket.SHUT_WR)
+        sent.set()
+        while tls.recv(65_536):
+            pass
+
+
+@pytest.mark.parametrize("size", [1000, 500_000, 800_000])  # the end comes while the splice reads, and while it pauses
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_an_upload_that_tls_does_not_vouch_for_is_no_clean_end(authority, caplog, size, goodbye):
+    caplog.set_level(logging.DEBUG, "konnektor.splice")
+    data = random.Random(13).randbytes(size)
+    async with memory_stream_pair() as (a, b):
+        outer, inner = tcp_socketpair()
+        outer.setblocking(True)
+        ended = asyncio.Event()
+        joint = Splice(on_closed=ended.set)
+        joint.on_connected = lambda _transport: joint.attach(b.detach())
+        sent = threading.Event()
+        uploading = asyncio.create_task(asyncio.to_thread(upload, outer, authority.client, data, goodbye, sent))
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server)
+        await until(sent.is_set)
+        await anyio.sleep(0.05)  # the loop has seen the FIN, unless it has paused its socket, too
+        received = b""
+        with pytest.raises(anyio.EndOfStream if goodbye else kk.TargetResetError):
+            while True:
+                received += await a.receive()
+        assert received == data if goodbye else data.startswith(received)
+        a.reset()
+        await ended.wait()
+        await uploading
+    assert ("without close_notify" in caplog.text) is not goodbye
+
+
+async def test_a_tls_client_that_has_the_whole_answer_may_leave_without_close_notify(authority, caplog):
+    caplog.set_level(logging.DEBUG, "konnektor.splice")
+    async with memory_stream_pair() as (a, b):
+        outer, inner = tcp_socketpair()
+        outer.setblocking(True)
+        ended = asyncio.Event()
+        joint = Splice(on_closed=ended.set)
+        joint.on_connected = lambda _transport: joint.attach(b.detach())
+        reading = asyncio.create_task(asyncio.to_thread(read_after_a_pause, outer, authority.client))
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server)
+        await a.send(b"answer")
+        await a.send_eof()
+        assert await reading == b"answer"
+        assert await until_end(a) == b""
+        await ended.wait()
+    assert "close_notify" not in caplog.text
 
 
 def read_after_a_pause(sock, context):
