@@ -159,8 +159,9 @@ class Side:
             self.mux.resumption.suspend("cut", self.pair.now)
 
     def rejoined(self):
-        """RejoinHandler: the client's session goes on."""
-        self._event("resumed")
+        """RejoinHandler: the client's session goes on, or has just ended, and says so."""
+        if self.error is None:
+            self._event("resumed")
         self.machine = self.mux
         self.pending = True
 

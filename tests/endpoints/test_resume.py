@@ -710,6 +710,29 @@ async def test_a_draining_worker_resumes(certs):
         assert t.session.error.code in (kk.Code.SHUTDOWN, kk.Code.NO_ERROR)
 
 
+@pytest.mark.parametrize("grace", [0, PATIENCE])
+async def test_a_draining_worker_resumes_for_what_has_ended_at_its_end(certs, grace, log):
+    """The last bytes of a stream that it has forgotten were lost with the connection."""
+    async with target() as echo, proxied(certs) as t, await t.session.open_tcp("127.0.0.1", echo.port) as stream:
+        await echoes(stream)
+        (old,) = t.proxy
+        old.silence(to="target")
+        await stream.send(BLOB[:5000])
+        await stream.send_eof()
+        await until(lambda: not t.client.stream_count)
+        draining = asyncio.create_task(t.worker.drain(grace))
+        await until(lambda: t.client.draining)
+        t.proxy.cut()
+        got = b""
+        with contextlib.suppress(anyio.EndOfStream, kk.SessionLost):
+            while True:
+                got += await stream.receive()
+        assert BLOB.startswith(got) and (len(got) == 5000 or not grace)
+        await draining
+        await t.session.wait_closed()
+        assert not [line for line in log() if "error" in line]
+
+
 @pytest.mark.parametrize("how", ["aclose", "close", "abort", "endpoint"])
 @pytest.mark.parametrize("end", ["worker", "control plane"])
 @pytest.mark.parametrize("trying", [True, False])
