@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
@@ -35,7 +36,7 @@ from konnektor.newcomers import Newcomers, Place
 from konnektor.policy import AllowList, AllowRule, parse_grant_from
 from konnektor.priorities import PriorityRule
 from konnektor.router import Route, Router
-from konnektor.session import INSTANCE, SOFTWARE, Session, SessionStats
+from konnektor.session import SOFTWARE, Session, SessionStats
 from konnektor.settings import Settings
 from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp
@@ -152,7 +153,7 @@ class ControlPlane(Endpoint):
         self._settings = Settings.of(
             self.limits,
             software=SOFTWARE,
-            instance=INSTANCE,
+            instance=os.urandom(16),  # not the process's: a program may have several control planes of one name
             name=self.identity.name,
             features=Feature.DATAGRAM | (Feature.RESUME if self.limits.resume_grace else 0),
         )

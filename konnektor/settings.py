@@ -30,7 +30,8 @@ class Settings:
         max_frame, initial_window, initial_streams, idle_timeout: see ``Limits``.
         features: bits of ``frames.Feature``.
         software: name and version, for logs.
-        instance: 16 random bytes of the process, or empty: tells a reconnect from a second process.
+        instance: 16 random bytes of the process, or of the control plane in it, or empty: tells a reconnect from a second
+            process, and two ways to one control plane.
         name: what the endpoint calls itself; the certificate decides who it is.
         routes: destinations it claims to serve, as ``host=GLOB``, ``cidr=NET``, ``default``.
         labels: free ``key: value`` pairs.

@@ -84,7 +84,8 @@ class Worker(Endpoint):
     An async context manager: entering starts it, leaving ends it. It never gives up reconnecting, unless ``once``.
 
     Args:
-        connect: addresses of control planes, ``HOST:PORT`` each; a session is kept to every one.
+        connect: addresses of control planes, ``HOST:PORT`` each; a session is kept to every one. Where two lead to one
+            control plane there is one session, and a warning: it keeps only the newest of a worker.
         tls: certificate, key and CA; looked at again for every connection, so that renewed files are used.
         allow: what may be dialed here: ``tcp(...)``, ``udp(...)``, or ``[udp:]HOST-OR-CIDR:PORTS`` as ``parse_allow`` reads
             it. Nothing is, by default.
@@ -117,7 +118,7 @@ class Worker(Endpoint):
     ) -> None:
         if isinstance(connect, str) or not connect:
             raise ConfigurationError("a worker needs a list of control planes to connect to, each as HOST:PORT")
-        self._addresses = [parse_hostport(address) for address in dict.fromkeys(connect)]
+        self._addresses = list(dict.fromkeys(map(parse_hostport, connect)))
         self._server_name = None if server_name is None else canonical_host(server_name)
         self._once = once
         self.allow = AllowList(allow)
@@ -134,6 +135,10 @@ class Worker(Endpoint):
         self._sessions: dict[tuple[str, int], Session] = {}
         self._begun: dict[tuple[str, int], Session] = {}
         """Up, on the connection that was to resume another, and not yet known to who keeps a session up."""
+        self._dialed: dict[tuple[str, int], Session] = {}
+        """On their way to be up: the control plane may have given up others for them, and they do not know it yet."""
+        self._twins: set[frozenset[tuple[str, int]]] = set()
+        """Addresses that were seen to lead to one control plane, and told."""
         self._resuming = {address: Backoff(last=LAST_RESUMING) for address in self._addresses}
         self._links: list[asyncio.Task[None]] = []
         # Not that of the targets: whatever peers ask for, there is a way back to the control plane.
@@ -229,7 +234,10 @@ class Worker(Endpoint):
     async def _try_forever(self, address: tuple[str, int]) -> None:
         backoff = Backoff()
         loop = asyncio.get_running_loop()
+        session: Session | None = None
         while True:
+            if session is not None and address not in self._begun:
+                await self._make_way(session, address)
             try:
                 session = await self._connect(address)
             except Exception as error:
@@ -251,6 +259,36 @@ class Worker(Endpoint):
                 # It drains. The replacement is dialed now, ahead of its end, to take the new streams; but if
                 # that one drains as soon, it is no way to run.
                 backoff.next()
+
+    async def _make_way(self, session: Session, address: tuple[str, int]) -> None:
+        """Waits while a session over another address is up with the control plane that this one was with.
+
+        A control plane keeps only the newest session of a worker: another one would end that, as that has ended this.
+        One that waits for a connection would have its streams cut off at once, so that it is waited for, too.
+        """
+        while (twin := self._twin(session, address)) is not None:
+            where, up = twin
+            if up and (pair := frozenset((where, address))) not in self._twins:
+                self._twins.add(pair)
+                here, there = format_hostport(*address), format_hostport(*where)
+                logger.warning(
+                    "%s and %s lead to one control plane, %s, which keeps one session of a worker: staying with %s; "
+                    "connect to one of the two only",
+                    here, there, session.peer_name, there, extra=session._log_fields,
+                )  # fmt: skip
+            await self._changes.wait_for(lambda: self._twin(session, address) != twin)
+
+    def _twin(self, session: Session, address: tuple[str, int]) -> tuple[tuple[str, int], bool] | None:
+        """The other address with a session to the same control plane, and whether that is sure: its HELLO has come."""
+        assert session.peer_settings is not None
+        instance = session.peer_settings.instance
+        for where, other in (*self._sessions.items(), *self._dialed.items()):
+            gone = other.closed or other.draining
+            if gone or where == address or other.peer_name != session.peer_name or not instance:
+                continue
+            if other.peer_settings is None or other.peer_settings.instance == instance:
+                return where, other.peer_settings is not None
+        return None
 
     async def _follow(self, session: Session, address: tuple[str, int], since: float) -> None:
         """Gets the session another connection whenever one breaks, draining or not; until it is cancelled.
@@ -315,12 +353,15 @@ class Worker(Endpoint):
             return begun
         peer = f"the control plane at {format_hostport(*address)}"
         sock = await self._dial(address, peer)
-        session = self._session(peer)
+        session = self._dialed[address] = self._session(peer)
         try:
             await session.connect(sock, with_alerts(self._context.get(), sock), self._server_name or address[0])
             await session.wait_established()
         except HandshakeError as error:
             raise HandshakeError(explain(error.__cause__, peer)) from error
+        finally:
+            del self._dialed[address]
+            self._changes.notify()
         self._add(session, address)
         return session
 

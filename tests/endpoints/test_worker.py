@@ -1,6 +1,7 @@
 """The worker: connecting, reconnecting, several control planes, and how it ends."""
 
 import asyncio
+import contextlib
 import errno
 import math
 import re
@@ -15,6 +16,7 @@ import konnektor.targets
 import konnektor.worker
 from konnektor.driver import Driver
 from konnektor.endpoint import Endpoint
+from konnektor.testing import FaultProxy
 from konnektor.worker import Backoff
 from tests.endpoints.parts import PATIENCE, Target, black_hole, target, tunnel, until, unused_port
 
@@ -350,6 +352,138 @@ async def test_a_long_session_is_forgiven(certs, monkeypatch, calm, forgiven):
         t.session.abort()
         await until(lambda: t.plane.get("node-1") not in (None, t.session))
         assert bool(resets) is forgiven
+
+
+# Two ways to one control plane
+
+
+def also(address):
+    """Another name for the same place."""
+    return address.replace("127.0.0.1", "localhost")
+
+
+def twins(log):
+    return [line for line in log() if "lead to one control plane, cp, which keeps one session of a worker" in line]
+
+
+async def test_one_address_in_two_spellings(certs, log):
+    async with kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        name = also(plane.address)
+        async with kk.Worker([name, name.upper(), name], tls=certs.worker()) as worker:
+            await plane.wait_for("node-1")
+            await worker.wait_connected()
+            assert worker.connected == [name]
+            await asyncio.sleep(0.3)  # for what must not come
+            assert sum(line.startswith("worker node-1 connected from") for line in log()) == 1
+
+
+async def test_two_names_of_one_control_plane(certs, log, monkeypatch):
+    """Each session replaced the other for ever, and their streams were cut off."""
+    monkeypatch.setattr("konnektor.control_plane.REPLACED_GRACE", 0.5)
+    async with target() as echo, kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane:
+        names = [plane.address, also(plane.address)]
+        async with kk.Worker(names, tls=certs.worker(), allow=["127.0.0.1:*"]) as worker:
+            await until(lambda: twins(log) and len(plane._of["node-1"]) == 1)
+            (first,) = worker.connected
+            before = len([line for line in log() if line.startswith("connected to cp at")])
+            async with await plane.open_tcp("127.0.0.1", echo.port, worker="node-1") as stream:
+                await asyncio.sleep(1.5)
+                await stream.send(b"x")
+                assert await stream.receive() == b"x"
+            assert len([line for line in log() if line.startswith("connected to cp at")]) == before
+            assert worker.connected == [first] and plane._of["node-1"] == [plane.get("node-1")]
+            # The other way takes over, and the first stays away.
+            plane.get("node-1").close()
+            await until(lambda: worker.connected and worker.connected != [first])
+            await asyncio.sleep(0.5)
+            assert worker.connected == [next(name for name in names if name != first)]
+            assert len(plane._of["node-1"]) == 1
+    (line,) = twins(log)
+    assert line.endswith(f"staying with {first}; connect to one of the two only")
+
+
+async def test_the_way_found_last_is_a_second_one_to_a_control_plane(certs, log):
+    """What is open has its grace, and what is new goes to the newer session; nothing replaces that."""
+    async with (
+        target() as echo,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane,
+        FaultProxy(plane.address) as proxy,
+    ):
+        proxy.refuse()
+        async with kk.Worker([plane.address, proxy.address], tls=certs.worker(), allow=["127.0.0.1:*"]) as worker:
+            old = await plane.wait_for("node-1")
+            stream = await old.open_tcp("127.0.0.1", echo.port)
+            # Its HELLO is late: the session that was replaced hears of that first.
+            proxy.admit()
+            proxy.delay(0.3, to="client")
+            await until(lambda: worker.connected == [proxy.address])
+            await asyncio.sleep(0.5)
+            assert worker.connected == [proxy.address] and old.draining and not old.closed
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
+            await stream.aclose()
+            await old.wait_closed()
+            # A broken connection is no end: who came now would cut off what waits for it.
+            stream = await plane.open_tcp("127.0.0.1", echo.port, worker="node-1")
+            proxy.delay(0)
+            proxy.cut()
+            await stream.send(b"y")
+            assert await stream.receive() == b"y"
+            await stream.aclose()
+            assert worker.connected == [proxy.address] and worker.sessions[0].stats().resumed == 1
+    assert len(twins(log)) == 1
+
+
+async def test_two_ways_to_a_control_plane_that_is_restarted(certs, log):
+    async with contextlib.AsyncExitStack() as stack:
+        plane = await stack.enter_async_context(kk.ControlPlane("127.0.0.1:0", tls=certs.plane))
+        address = plane.address
+        names = [address, also(address)]
+        worker = await stack.enter_async_context(kk.Worker(names, tls=certs.worker()))
+        await until(lambda: twins(log))
+        await plane.aclose()
+        async with kk.ControlPlane(address, tls=certs.plane) as plane:
+            await plane.wait_for("node-1")
+            await until(lambda: len(worker.connected) == 1 and len(plane._of["node-1"]) == 1)
+            await asyncio.sleep(0.7)
+            session = plane.get("node-1")
+            await asyncio.sleep(0.7)
+            assert plane._of["node-1"] == [session] and len(worker.connected) == 1
+        await worker.aclose()
+    assert len(twins(log)) == 1  # told once
+
+
+async def test_control_planes_of_one_process_are_not_taken_for_one(certs, log):
+    async with (
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as a,
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as b,
+        kk.Worker([a.address, b.address], tls=certs.worker()) as worker,
+    ):
+        await until(lambda: len(worker.connected) == 2)
+        a.get("node-1").close()
+        await until(lambda: len(worker.connected) == 1)
+        await until(lambda: len(worker.connected) == 2)
+    assert not twins(log)
+
+
+async def test_a_second_way_that_breaks_at_once_holds_up_nobody(certs, log):
+    """It has replaced the session of the first, and is gone before its HELLO has come."""
+    async with (
+        kk.ControlPlane("127.0.0.1:0", tls=certs.plane) as plane,
+        FaultProxy(plane.address) as proxy,
+    ):
+        proxy.refuse()
+        async with kk.Worker([plane.address, proxy.address], tls=certs.worker()) as worker:
+            old = await plane.wait_for("node-1")
+            await worker.wait_connected()
+            proxy.admit()
+            proxy.delay(0.3, to="client")
+            await until(lambda: plane.get("node-1") not in (None, old))
+            proxy.refuse()
+            proxy.cut()
+            await until(lambda: worker.connected == [plane.address])
+            assert plane.get("node-1") is not old
+    assert not twins(log)
 
 
 # The end
