@@ -13,6 +13,7 @@ from konnektor.errors import KonnektorError, PeerError, StreamError
 from konnektor.session import Session
 from konnektor.stream_types import Udp
 from konnektor.udp_relay import IDLE, UdpRelay, UdpSocket
+from konnektor.udp_wildcard import WildcardSocket, is_wildcard
 
 __all__ = ["UdpForward"]
 
@@ -58,7 +59,9 @@ class UdpForward:
         self._flows: OrderedDict[Any, UdpRelay] = OrderedDict()
         self._held_until = 0.0
         self._leaving = False
-        self._socket = UdpSocket(sock, self._received, partial(on_closed, self))
+        # Who asks two of our addresses from one port has two flows: each answers from the address that was asked.
+        kind = WildcardSocket if is_wildcard(sock) else UdpSocket
+        self._socket = kind(sock, self._received, partial(on_closed, self))
 
     async def open(self) -> None:
         """Begins to listen. Cancelled or failed, the socket is closed."""

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import socket
+import sys
+from pathlib import Path
 
 import anyio
 import pytest
 
 import konnektor as kk
-from konnektor import udp_relay
+from konnektor import udp_relay, udp_wildcard
 from konnektor.errors import DeniedError, DNSError, ListenError, UnreachableError, UnsupportedError
 from konnektor.frontends.udp_forward import UdpForward
 from tests.endpoints.parts import PATIENCE, Process, flags, tunnel, until
@@ -349,6 +351,132 @@ async def test_largest_packet_through_a_forward(certs):
     async with udp_server() as server, forwarded(certs, server) as t:
         with clients(t.where) as (client,):
             assert await client.ask(b"x" * LARGEST) == b"x" * LARGEST
+
+
+def own_addresses(family):
+    """Addresses of this machine to be asked at, as sockets take them, without a port."""
+    if family == socket.AF_INET:
+        return [("127.0.0.1",), ("127.0.0.2",), ("127.0.0.3",)]
+    found = []
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text(encoding="ascii").splitlines() if table.exists() else ():
+        address, interface, _, scope, flags, _ = line.split()
+        if not int(flags, 16) & 0x48:  # neither tentative nor a duplicate
+            host = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+            found.append((host, 0, int(interface, 16) if scope == "20" else 0))
+    return found
+
+
+def at(address, port):
+    return address[0], port, *address[1:]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="no other system tells where a packet was sent to")
+families = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["v4", "v6"])
+
+
+@linux
+@families
+async def test_a_forward_on_all_addresses_answers_from_the_one_that_was_asked(certs, family):
+    """The kernel chose one by its routes, and connected clients took no answer from it."""
+    addresses = own_addresses(family)
+    if not addresses:
+        pytest.skip("this machine has no IPv6")
+    every = "0.0.0.0" if family == socket.AF_INET else "[::]"
+    async with udp_server() as server, tunnel(certs, allow=["udp:127.0.0.1:*"]) as t:
+        where = await t.plane.add_forward(f"udp:{every}:0=node-1/127.0.0.1:{server.port}")
+        (forward,) = t.plane._clients._udp
+        port = int(where.rsplit(":", 1)[1])
+        asked = 0
+        for source in addresses:
+            for address in addresses:
+                if source[1:] != address[1:]:
+                    continue  # link-local ones know those of their interface
+                client = Client.__new__(Client)
+                with socket.socket(family, socket.SOCK_DGRAM) as client.sock:
+                    client.sock.setblocking(False)
+                    client.sock.bind(at(source, 0))
+                    client.sock.connect(at(address, port))
+                    for data in (b"query", b"", b"x" * LARGEST):
+                        assert await client.ask(data) == data
+                asked += 1
+        assert len(forward) == len(server.clients) == asked
+
+
+@linux
+async def test_one_socket_that_asks_two_addresses_of_a_forward(certs):
+    async with udp_server() as server, tunnel(certs, allow=["udp:127.0.0.1:*"]) as t:
+        where = await t.plane.add_forward(f"udp:0.0.0.0:0=node-1/127.0.0.1:{server.port}")
+        (forward,) = t.plane._clients._udp
+        port = int(where.rsplit(":", 1)[1])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            answers = []
+
+            def answered():
+                with contextlib.suppress(BlockingIOError):
+                    answers.append(sock.recvfrom(100))
+                return len(answers) == 4
+
+            for host in ("127.0.0.1", "127.0.0.2") * 2:
+                sock.sendto(host.encode(), (host, port))
+            await until(answered)
+        assert sorted(answers) == sorted([(b"127.0.0.1", ("127.0.0.1", port)), (b"127.0.0.2", ("127.0.0.2", port))] * 2)
+        assert len(forward) == len(server.clients) == 2
+
+
+@linux
+def test_where_an_answer_leaves_from():
+    def answer_from(kind, info):
+        level = socket.IPPROTO_IP if kind == udp_wildcard.IP_PKTINFO else socket.IPPROTO_IPV6
+        (found,) = udp_wildcard._answer_from([(socket.SOL_SOCKET, 29, b"a time"), (level, kind, info)]) or [None]
+        assert found is None or found[:2] == (level, kind)
+        return found and found[2]
+
+    def v6(address, interface):
+        return socket.inet_pton(socket.AF_INET6, address) + interface.to_bytes(4, sys.byteorder)
+
+    ours, broadcast = socket.inet_aton("192.0.2.7"), socket.inet_aton("192.0.2.255")
+    three = (3).to_bytes(4, sys.byteorder)
+    assert answer_from(udp_wildcard.IP_PKTINFO, three + ours + broadcast) == bytes(4) + ours + bytes(4)
+    kind = udp_wildcard.IPV6_PKTINFO
+    assert answer_from(kind, v6("2001:db8::7", 3)) == v6("2001:db8::7", 0)
+    assert answer_from(kind, v6("fe80::7", 3)) == v6("fe80::7", 3)
+    assert answer_from(kind, v6("ff02::fb", 3)) is None
+    assert udp_wildcard._answer_from([]) == ()
+
+
+@linux
+async def test_a_socket_on_all_addresses(monkeypatch):
+    closed = []
+
+    def bound():
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        sock.bind(("0.0.0.0", 0))
+        assert udp_wildcard.is_wildcard(sock)
+        return sock, udp_wildcard.WildcardSocket(sock, lambda *_: None, lambda: closed.append(sock))
+
+    sock, local = bound()
+    await local.open()
+    gone = bytes(4) + socket.inet_aton("192.0.2.77") + bytes(4)  # not an address of this machine
+    local.send(b"x", (("127.0.0.1", 9), ((socket.IPPROTO_IP, udp_wildcard.IP_PKTINFO, gone),)))
+    assert local.dropped == 1
+    local.close()
+    local.close()
+    local.send(b"x", (("127.0.0.1", 9), ()))
+    assert local.dropped == 2 and sock.fileno() < 0
+    await until(lambda: closed == [sock])
+
+    def no_more(*_):
+        raise OSError(28, "No space left on device")
+
+    sock, local = bound()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "add_reader", no_more, raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            await local.open()
+    assert sock.fileno() < 0 and closed[1:] == [sock]
 
 
 async def test_a_thousand_senders_are_bounded(certs, monkeypatch):
