@@ -56,7 +56,6 @@ from konnektor.scheduler import Scheduler
 from konnektor.settings import FLOORS, Settings
 from konnektor.states import (
     RECEIVING_AWAITING,
-    RECEIVING_DISCARDING,
     RECEIVING_ENDED,
     RECEIVING_GIVEN_UP,
     RECEIVING_OPEN,
@@ -432,7 +431,7 @@ class Mux:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
         elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
-        elif stream.owed is not None:
+        elif stream.owed is not None and stream.owes:
             since, frames = stream.owed
             came = self.inbound.acks.seq
             # If it was this process that stood still, what it was owed may be there, unread.
@@ -489,7 +488,7 @@ class Mux:
         owed = self.owed
         while owed and owed[0][0] <= seq:
             stream = self.streams.get(owed.popleft()[1])
-            if stream is not None and stream.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP):
+            if stream is not None and stream.owes:
                 self._expect_end(stream, now)
         if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
@@ -566,7 +565,7 @@ class Mux:
     def reconnected(self, now: float) -> None:
         """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
         for stream in self.streams.values():
-            if stream.owed is not None:
+            if stream.owed is not None and stream.owes:
                 self._expect_end(stream, now)
         if self.leaving.begun:
             self.leaving.progressed(now)
@@ -583,7 +582,7 @@ class Mux:
         self.liveness.suspended()
         self.drop_datagrams()
         for stream in self.streams.values():
-            if stream.owed is not None:
+            if stream.owed is not None and stream.owes:
                 # Nothing can come: the peer has its time when the connection is back.
                 self.unwatch(stream)
         self.arm(self.resumption.due)

@@ -27,7 +27,9 @@ from konnektor.states import (
     EVENT_DO_STOP,
     RECEIVE,
     RECEIVING_AWAITING,
+    RECEIVING_DISCARDING,
     RECEIVING_ENDED,
+    RECEIVING_GIVEN_UP,
     RECEIVING_OPEN,
     SEND,
     SENDING_ENDED,
@@ -205,6 +207,11 @@ class MuxStream(Flow):
             self.receiving in (RECEIVING_OPEN, RECEIVING_AWAITING),
             self.sending in (SENDING_OPEN, SENDING_FINISHING, SENDING_UNSENT, SENDING_UNDECIDED),
         )
+
+    @property
+    def owes(self) -> bool:
+        """Whether the peer has to end its half, which was stopped or refused, and has not."""
+        return self.receiving in (RECEIVING_DISCARDING, RECEIVING_GIVEN_UP)
 
     # Answering an OPEN of the peer
 

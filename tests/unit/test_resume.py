@@ -620,6 +620,23 @@ def test_a_reset_that_is_owed_is_not_waited_for_for_ever(talking):
     assert bystander.sink.error is not None
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_who_has_ended_the_half_that_was_stopped_owes_nothing_more(cut):
+    """Though the other half goes on for as long as it likes."""
+    pair = resumable()
+    stream, theirs = owed(pair)
+    pair.client.deceived = True  # by that ACK, which the server sends once more
+    pair.pump()
+    assert stream.owed is not None and not stream.owes
+    if cut:
+        pair.cut()
+        pair.resume()
+    for _ in range(50):
+        stream.write(b"x")
+        pair.sleep(3)
+    assert pair.client.error is None and len(theirs.sink.data) == 50
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_drained_while_suspended_without_streams(before):
     pair = resumable()
