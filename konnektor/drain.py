@@ -149,8 +149,7 @@ class Drain:
 
     def held(self) -> None:
         """There is no connection."""
-        if self._lingering:
-            self._linger_ends = self._closes_by
+        self._linger_ends = self._closes_by  # both infinite before it lingers
 
     def assert_invariants(self) -> None:
         """For tests."""
