@@ -144,8 +144,7 @@ class Inbound:
             else:
                 mux.arm(acks.due_at)
         # FIN and RESET, and what is discarded, give room back to the pool.
-        if mux.opens:
-            mux.wake()
+        mux.freed()
         frames += acks.seq
         if pos < frames * (HEADER_SIZE + CRUMB):
             mux.pause_reading_until = self.abuse.crumbs(frames, pos - frames * HEADER_SIZE, now)

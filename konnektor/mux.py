@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Protocol
 
 from konnektor.admission import Admission, Role
 from konnektor.credit import Pool
@@ -50,6 +50,7 @@ from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import LATE_TIMER, Liveness
 from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
 from konnektor.outbound import BATCH, PAYLOAD, TIGHT_BATCH, Outbound, joined
+from konnektor.owed import OwedEnds
 from konnektor.replay import Ticket
 from konnektor.resumption import Resumption, unreachable
 from konnektor.scheduler import Scheduler
@@ -67,13 +68,6 @@ from konnektor.states import (
 )
 
 __all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
-
-RESET_OWED: Final = 30.0
-"""Seconds after the ACK of a STOP or REFUSE within which the peer must have ended its half; as long once more if meanwhile
-sequenced frames came, behind which its RESET may stand: after a resume those are all that is sent again."""
-
-RESET_OWED_AT_MOST: Final = 600.0
-"""Seconds after which that is no excuse."""
 
 
 class Handler(Protocol):
@@ -157,8 +151,7 @@ class Mux:
         self.control: deque[MuxStream] = deque()
         """Streams that have something to say besides data."""
         self.cut_off = 0
-        self.owed: deque[tuple[int, int]] = deque()
-        """STOPs and REFUSEs on the wire, by their number in the sequence."""
+        self.owed = OwedEnds(self)
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
         self.flight = Flight(limits.flight_floor)
         self.datagrams = Datagrams()
@@ -431,22 +424,8 @@ class Mux:
                 stream.break_off(DialTimeoutError("no answer within the deadline"), Code.CANCELLED)
         elif stream.sending is SENDING_UNDECIDED:
             stream.break_off(DialTimeoutError("not ready within the deadline"), Code.DIAL_TIMEOUT)
-        elif stream.owed is not None and stream.owes:
-            since, frames = stream.owed
-            came = self.inbound.acks.seq
-            # If it was this process that stood still, what it was owed may be there, unread.
-            if stalled or (came > frames and now < since + RESET_OWED_AT_MOST):
-                stream.owed = since, came
-                self.watch(stream, now + RESET_OWED)
-            else:
-                text = f"stream {stream.id} was not ended within {now - since:.0f} s of STOP or REFUSE"
-                self.end(PeerTimeoutError(text), Close(Code.TIMEOUT, text))
-
-    def _expect_end(self, stream: MuxStream, now: float) -> None:
-        """The peer knows of the STOP or REFUSE, and has its time to end the stream from here on."""
-        self.unwatch(stream)
-        stream.owed = now, self.inbound.acks.seq
-        self.watch(stream, now + RESET_OWED)
+        elif (verdict := self.owed.late(stream, now, stalled=stalled)) is not None:
+            self.end(PeerTimeoutError(verdict), Close(Code.TIMEOUT, verdict))
 
     # What the session's own frames do
 
@@ -485,11 +464,7 @@ class Mux:
             if self.pool.lent:
                 self.resumption.book()
         self.liveness.acked(now, all_of_it=seq == flight.sent)
-        owed = self.owed
-        while owed and owed[0][0] <= seq:
-            stream = self.streams.get(owed.popleft()[1])
-            if stream is not None and stream.owes:
-                self._expect_end(stream, now)
+        self.owed.acked(seq, now)
         if self.scheduler.active or self.control or self.opens or self.outbound.streams_due or self.leaving.goaway_due:
             # Which waited for the cap on bytes in flight, or for room in the replay buffer.
             self.wake()
@@ -564,9 +539,7 @@ class Mux:
 
     def reconnected(self, now: float) -> None:
         """There is a connection again: what was wanted meanwhile is wanted anew, and the peer's silence counts."""
-        for stream in self.streams.values():
-            if stream.owed is not None and stream.owes:
-                self._expect_end(stream, now)
+        self.owed.resumed(now)
         if self.leaving.begun:
             self.leaving.progressed(now)
             self.arm(self.leaving.due)
@@ -581,10 +554,7 @@ class Mux:
         self.inbound.acks.forget()
         self.liveness.suspended()
         self.drop_datagrams()
-        for stream in self.streams.values():
-            if stream.owed is not None and stream.owes:
-                # Nothing can come: the peer has its time when the connection is back.
-                self.unwatch(stream)
+        self.owed.suspended()
         self.arm(self.resumption.due)
         if self.leaving.begun:
             self.leaving.held()

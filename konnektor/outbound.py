@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from konnektor.abuse import OWN_HINTS, Allowance
@@ -73,9 +72,6 @@ FRESH_PAYLOAD: Final = 16 * 1024
 
 UNACKNOWLEDGED: Final = 65_536
 """Frames that may be unacknowledged where none is kept to be sent again: of each its size is remembered, and little more."""
-
-OWED_ENDED: Final = 64
-"""Streams that have ended and are still in ``Mux.owed``, at least, before it is cleared of them."""
 
 MAX_GRACE: Final = 2**32 / 1000
 """Seconds: as long as GOAWAY can say."""
@@ -318,20 +314,12 @@ class Outbound:
                 self._wait(self._hints.ready_at(opens))
         parts.extend(map(self._sequenced, frames))
         if owed:
-            self._owe(stream)
+            self._mux.owed.said(stream)
         if stream.queued or stream.datagrams or stream.sending is SENDING_FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
         return sum(map(len, frames))
-
-    def _owe(self, stream: MuxStream) -> None:
-        """The peer has to end the stream, once it has acknowledged what was just said of it."""
-        mux = self._mux
-        mux.owed.append((mux.flight.sent, stream.id))
-        if len(mux.owed) > 2 * len(mux.streams) + OWED_ENDED:
-            # It ended most of them without acknowledging anything. However long it goes on so, nothing is kept of them.
-            mux.owed = deque(each for each in mux.owed if each[1] in mux.streams)
 
     def _open(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
         """OPEN: from here on the stream exists, and has its id."""

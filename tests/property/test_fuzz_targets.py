@@ -64,6 +64,9 @@ FOUND = {
         + op(Liar.lie, 0, 0, 0, 16, 3, 0)
         + DATAGRAM * 2
     ),
+    "a half that was stopped, and had ended, was taken for owed as long as the other half went on": (
+        b"\4\0\1" + TALK + op(Liar.break_off, 0, 0, 1, 0) + op(Liar.exchange) + op(Liar.sleep, 3, 1) * 25
+    ),
 }
 
 

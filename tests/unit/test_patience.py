@@ -8,8 +8,9 @@ from konnektor.errors import CalmError, PeerTimeoutError
 from konnektor.flight import LONGEST
 from konnektor.frames import Ack, Credit, Datagram, Feature, Hello, Open, OpenTLV, Pong, Reset
 from konnektor.limits import KIB, MIB, Limits
-from konnektor.mux import RESET_OWED, Mux
+from konnektor.mux import Mux
 from konnektor.outbound import UNACKNOWLEDGED
+from konnektor.owed import RESET_OWED
 from konnektor.replay import BATCH_COST, Replay, Ticket
 from konnektor.settings import Settings
 from tests.link import Link, Meter

@@ -758,13 +758,17 @@ def test_a_drain_lingers_while_what_is_sent_again_arrives():
     assert pair.server.error.code == Code.SHUTDOWN
 
 
-def test_a_second_drain_shortens_the_wait_for_what_has_ended():
+@pytest.mark.parametrize("lingering", [False, True])
+def test_a_second_drain_shortens_the_wait_for_what_has_ended(lingering):
     pair = resumable()
     pair.server.mux.drain(1000, pair.now)
     pair.server.flush()
     pair.server.deliver()
     pair.server.mux.receive(frames.Ack(pair.client.mux.inbound.acks.seq).encode(), pair.now)
     pair.server.flush()  # the second GOAWAY, which nobody gets
+    if lingering:
+        pair.fire(pair.server)
+    assert pair.server.mux.leaving._lingering is lingering
     pair.cut()
     pair.sleep(20, pump=False)
     assert pair.server.error is None
