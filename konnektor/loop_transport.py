@@ -8,12 +8,14 @@ What is between those and a splice stands here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
 import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, Final
 
+from konnektor.addresses import format_hostport
 from konnektor.socket_transport import unacknowledged
 
 __all__ = ["LoopTransport"]
@@ -27,6 +29,8 @@ GIVE_UP: Final = 30.0
 """Seconds in which the other end has to take something of what is left, or it is reset."""
 PIECE: Final = 64 * 1024
 """Bytes taken out of TLS at once."""
+logger: Final = logging.getLogger("konnektor.splice")
+
 _TCP_CLOSE: Final = 7  # include/net/tcp_states.h
 
 
@@ -39,7 +43,6 @@ class LoopTransport:
             ``abort``.
 
     Attributes:
-        peer: the other end's address, as its socket has it; still known when the connection is lost.
         read_size: not heeded; the loop has its own.
     """
 
@@ -49,9 +52,9 @@ class LoopTransport:
         "_loop",
         "_on_broken",
         "_paused",
+        "_peer",
         "_ssl_object",
         "_transport",
-        "peer",
         "read_size",
     )
 
@@ -64,7 +67,7 @@ class LoopTransport:
         self._closing = False
         # Asked for now: once the connection is lost, the loops may have neither.
         self._ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        self.peer: Any = transport.get_extra_info("peername")
+        self._peer: Any = transport.get_extra_info("peername")
         self.read_size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -140,6 +143,8 @@ class LoopTransport:
         except ssl.SSLZeroReturnError:  # as above, after a close_notify of ours
             return True
         except ssl.SSLError:  # SSLWantReadError: it waits for more
+            who = format_hostport(*self._peer[:2]) if isinstance(self._peer, tuple) else "a client"
+            logger.debug("%s ended without close_notify: what it sent may be cut short, and ends as a reset", who)
             return False
         return True
 

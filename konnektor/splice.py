@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import struct
 from collections.abc import Callable
 from typing import Final, cast
 
-from konnektor.addresses import format_hostport
 from konnektor.errors import Code, PeerError
 from konnektor.loop_transport import LoopTransport
 from konnektor.mux import PAYLOAD, MuxStream
@@ -39,8 +37,6 @@ LOOK_AGAIN: Final = 0.02
 STALLED: Final = 5.0
 """Seconds without progress after which nobody waits any longer for the peer to take what came before a reset."""
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
-
-logger: Final = logging.getLogger("konnektor.splice")
 
 
 class Splice:
@@ -188,7 +184,7 @@ class Splice:
         stream, transport = self._stream, self.transport
         if stream is None or transport is None or stream.forgotten:
             return False
-        if isinstance(transport, LoopTransport) and not transport.is_whole(self.local_data):
+        if not transport.is_whole(self.local_data):
             return False  # what becomes of the stream is told once the connection is lost, which it is about to be
         stream.finish()
         # Where FIN has come already there is nothing more to take either: the transport closes after its buffer.
@@ -206,9 +202,14 @@ class Splice:
         transport, self.transport = self.transport, None
         stream = self._stream
         if stream is not None and not stream.forgotten:
-            if exc is None and not self._broken and isinstance(transport, LoopTransport):
-                exc = self._cut_short(transport, stream)
-            broken = exc is not None and stream.sending in (SENDING_OPEN, SENDING_UNSENT)
+            sending = stream.sending in (SENDING_OPEN, SENDING_UNSENT)
+            if (
+                sending
+                and exc is None
+                and not (self._broken or transport is None or transport.is_whole(self.local_data))
+            ):
+                exc = ConnectionResetError("its end is not whole")
+            broken = sending and exc is not None
             if self._broken or (broken and (stream.sending is SENDING_UNSENT or not stream.queued)):
                 stream.cancel(self._code)
             elif broken:
@@ -227,15 +228,6 @@ class Splice:
             held, self._held = self._held, 0
             stream.consumed(held)
         self._finish()
-
-    def _cut_short(self, transport: LoopTransport, stream: MuxStream) -> Exception | None:
-        """What is wrong with an end in which the loop sees nothing wrong; takes what it left undelivered."""
-        if transport.is_whole(self.local_data) or stream.sending not in (SENDING_OPEN, SENDING_UNSENT):
-            return None
-        peer = transport.peer
-        name = format_hostport(*peer[:2]) if isinstance(peer, tuple) else "a client"
-        logger.debug("%s ended without close_notify: what it sent may be cut short, and ends as a reset", name)
-        return ConnectionResetError("without close_notify")
 
     # The end
 

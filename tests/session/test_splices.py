@@ -560,25 +560,47 @@ async def test_a_thousand_at_once():
 
 
 @asynccontextmanager
-async def tls_half(authority, **kwargs):
-    """A stream, spliced to a TLS server's side of a connection; that one's client side."""
+async def tls_spliced(authority, client, **kwargs):
+    """A stream, spliced to a TLS server's side of a connection; the task of ``client(sock)``, which has the other side."""
     async with memory_stream_pair() as (a, b):
         outer, inner = tcp_socketpair()
         ended = asyncio.Event()
         joint = Splice(on_closed=ended.set)
         joint.on_connected = lambda _transport: joint.attach(b.detach())
+        task = asyncio.create_task(client(outer))
         loop = asyncio.get_running_loop()
-        _, (reader, writer) = await asyncio.gather(
-            loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server, **kwargs),
-            asyncio.open_connection(sock=outer, ssl=authority.client, server_hostname="cp"),
-        )
+        await loop.connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server, **kwargs)
+        yield a, task, ended
+        a.reset()
+        await ended.wait()
+        await task
+        await until(lambda: not a.session.stream_count)
+
+
+@asynccontextmanager
+async def tls_half(authority, **kwargs):
+    """The same, and what the loop makes of the client's side."""
+
+    def client(sock):
+        return asyncio.open_connection(sock=sock, ssl=authority.client, server_hostname="cp")
+
+    async with tls_spliced(authority, client, **kwargs) as (a, connecting, ended):
+        reader, writer = await connecting
         yield a, reader, writer, ended
         writer.close()
         with contextlib.suppress(OSError):  # SSLError is one
             await writer.wait_closed()
-        a.reset()
-        await ended.wait()
-        await until(lambda: not a.session.stream_count)
+
+
+def blocking(authority, function, *args):
+    """A client in a thread, on OpenSSL's own system calls: the loops' own keep to themselves what these tests look for."""
+
+    def run(sock):
+        sock.setblocking(True)
+        with sock, authority.client.wrap_socket(sock, server_hostname="cp", suppress_ragged_eofs=False) as tls:
+            return function(tls, *args)
+
+    return lambda sock: asyncio.to_thread(run, sock)
 
 
 async def test_tls_ends_both_halves_cleanly(authority, caplog):
@@ -606,17 +628,17 @@ async def test_tls_ends_both_halves_cleanly(authority, caplog):
     assert "eof_received" not in caplog.text
 
 
-def upload(sock, context, data, goodbye, sent):
-    """A TLS client on OpenSSL's own system calls, which does not wait for the other end's close_notify before its FIN."""
-    with sock, context.wrap_socket(sock, server_hostname="cp") as tls:
-        tls.sendall(data)
-        if goodbye:
-            tls.settimeout(0.1)
-            with contextlib.suppress(OSError):  # it is sent, and not answered yet
-                tls.unwrap()
-            tls.settimeout(None)
-        tls.shutdown(socket.SHUT_WR)
-        sent.set()
+def upload(tls, data, goodbye, sent):
+    """A client that does not wait for the other end's close_notify before its FIN."""
+    tls.sendall(data)
+    if goodbye:
+        tls.settimeout(0.1)
+        with contextlib.suppress(OSError):  # it is sent, and not answered yet
+            tls.unwrap()
+        tls.settimeout(None)
+    tls.shutdown(socket.SHUT_WR)
+    sent.set()
+    with contextlib.suppress(OSError):
         while tls.recv(65_536):
             pass
 
@@ -626,15 +648,8 @@ def upload(sock, context, data, goodbye, sent):
 async def test_an_upload_that_tls_does_not_vouch_for_is_no_clean_end(authority, caplog, size, goodbye):
     caplog.set_level(logging.DEBUG, "konnektor.splice")
     data = random.Random(13).randbytes(size)
-    async with memory_stream_pair() as (a, b):
-        outer, inner = tcp_socketpair()
-        outer.setblocking(True)
-        ended = asyncio.Event()
-        joint = Splice(on_closed=ended.set)
-        joint.on_connected = lambda _transport: joint.attach(b.detach())
-        sent = threading.Event()
-        uploading = asyncio.create_task(asyncio.to_thread(upload, outer, authority.client, data, goodbye, sent))
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server)
+    sent = threading.Event()
+    async with tls_spliced(authority, blocking(authority, upload, data, goodbye, sent)) as (a, _, _):
         await until(sent.is_set)
         await anyio.sleep(0.05)  # the loop has seen the FIN, unless it has paused its socket, too
         received = b""
@@ -642,22 +657,12 @@ async def test_an_upload_that_tls_does_not_vouch_for_is_no_clean_end(authority, 
             while True:
                 received += await a.receive()
         assert received == data if goodbye else data.startswith(received)
-        a.reset()
-        await ended.wait()
-        await uploading
     assert ("without close_notify" in caplog.text) is not goodbye
 
 
 async def test_a_tls_client_that_has_the_whole_answer_may_leave_without_close_notify(authority, caplog):
     caplog.set_level(logging.DEBUG, "konnektor.splice")
-    async with memory_stream_pair() as (a, b):
-        outer, inner = tcp_socketpair()
-        outer.setblocking(True)
-        ended = asyncio.Event()
-        joint = Splice(on_closed=ended.set)
-        joint.on_connected = lambda _transport: joint.attach(b.detach())
-        reading = asyncio.create_task(asyncio.to_thread(read_after_a_pause, outer, authority.client))
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: joint.local, inner, ssl=authority.server)
+    async with tls_spliced(authority, blocking(authority, read_after_a_pause)) as (a, reading, ended):
         await a.send(b"answer")
         await a.send_eof()
         assert await reading == b"answer"
@@ -666,14 +671,13 @@ async def test_a_tls_client_that_has_the_whole_answer_may_leave_without_close_no
     assert "close_notify" not in caplog.text
 
 
-def read_after_a_pause(sock, context):
-    """A TLS client on OpenSSL's own system calls: uvloop's, paused, loses what its kernel holds when the connection ends."""
-    with sock, context.wrap_socket(sock, server_hostname="cp", suppress_ragged_eofs=False) as tls:
-        time.sleep(0.5)
-        data = b""
-        while chunk := tls.recv(65_536):
-            data += chunk
-        return data
+def read_after_a_pause(tls):
+    """uvloop's own client, paused, loses what its kernel holds when the connection ends."""
+    time.sleep(0.5)
+    data = b""
+    while chunk := tls.recv(65_536):
+        data += chunk
+    return data
 
 
 @pytest.mark.parametrize(
@@ -681,21 +685,11 @@ def read_after_a_pause(sock, context):
 )  # around what the kernel takes, and TLS besides
 async def test_a_tls_client_that_pauses_gets_the_tail(authority, size):
     data = random.Random(12).randbytes(size)
-    async with memory_stream_pair() as (a, b):
-        outer, inner = tcp_socketpair()
-        outer.setblocking(True)
-        ended = asyncio.Event()
-        joint = Splice(on_closed=ended.set)
-        joint.on_connected = lambda _transport: joint.attach(b.detach())
-        reading = asyncio.create_task(asyncio.to_thread(read_after_a_pause, outer, authority.client))
-        await asyncio.get_running_loop().connect_accepted_socket(
-            lambda: joint.local, inner, ssl=authority.server, ssl_shutdown_timeout=0.1
-        )
+    client = blocking(authority, read_after_a_pause)
+    async with tls_spliced(authority, client, ssl_shutdown_timeout=0.1) as (a, reading, _):
         await a.send(data)
         await a.send_eof()
         assert await reading == data
-        a.reset()
-        await ended.wait()
 
 
 @pytest.mark.replaces_methods  # a constant, for compiled ones that is the same
