@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -77,6 +78,7 @@ def chosen_columns(args: argparse.Namespace) -> list[Column]:
 
 def main() -> None:
     args = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of a peer's is left behind
     try:
         peers, columns = chosen_peers(args), chosen_columns(args)
         if args.repeats < 1 or args.seconds <= 0:

@@ -1,7 +1,10 @@
 """The command line: what it refuses, and a real run."""
 
+import contextlib
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +30,32 @@ def test_bad_arguments_get_one_sentence(args, sentence):
     done = run_bench(*args)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+
+
+def test_a_run_that_is_ended_leaves_no_process_behind():
+    for tool in ("iperf3", "wrk", "nginx"):
+        needs(tool)
+    command = [sys.executable, "-m", "bench", "--peers=direct", "--columns=up", "--repeats=1", "--seconds=30"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as bench:
+        while len(members(bench.pid)) < 4 and bench.poll() is None:  # itself, and what it measures by now
+            time.sleep(0.1)
+        bench.terminate()
+        _, told = bench.communicate(timeout=50)
+    assert "interrupted" in told
+    assert not members(bench.pid)
+
+
+def members(session):
+    """The processes of a session, but for those that are over and not yet waited for (proc_pid_stat(5))."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of, *_ = stat.read_text().rpartition(")")[2].split()
+            if int(of) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def test_a_real_run_of_a_column_or_two(tmp_path):
