@@ -106,7 +106,8 @@ class HttpConnect(asyncio.BufferedProtocol):
         # Before the 200 nothing can be half-closed: the client gave up. After it, the tunnel will be told, which
         # finds out whether TLS vouches for that end.
         self._half_closed = self._answered
-        return self._answered
+        # TLS cannot be half-closed, whatever is said here, and asyncio logs a warning about who asks for it.
+        return self._answered and self.transport is not None and self.transport.can_write_eof()
 
     def pause_writing(self) -> None:
         """Only the head of an answer is written here."""

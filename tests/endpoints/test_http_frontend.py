@@ -331,7 +331,7 @@ async def test_an_upload_over_tls_that_is_cut_short_resets_the_target(certs):
         await until(lambda: t.session.stream_count == 0)
 
 
-async def test_an_upload_over_tls_that_is_cut_short_between_the_200_and_the_tunnel(certs, monkeypatch):
+async def test_an_upload_over_tls_that_is_cut_short_between_the_200_and_the_tunnel(certs, monkeypatch, caplog):
     async with target() as echo, tunnel(certs) as t:
 
         class InBetween(HttpConnect):
@@ -362,6 +362,7 @@ async def test_an_upload_over_tls_that_is_cut_short_between_the_200_and_the_tunn
             assert isinstance(await echo.made[0].lost, ConnectionResetError)
             assert not echo.made[0].eof.is_set()
         await until(lambda: t.session.stream_count == 0)
+    assert not [record.getMessage() for record in caplog.records if record.name == "asyncio"]
 
 
 # One call at a time
