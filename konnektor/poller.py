@@ -19,8 +19,9 @@ WRITE: Final = select.EPOLLOUT
 FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 """Told whether it is asked for or not."""
 
-AT_ONCE: Final = 256
-"""Sockets that are served before the loop has its turn."""
+AT_ONCE: Final = 16, 256
+"""Sockets that are served before the loop has its turn, at least and at most: half of all that are watched. What they brought goes
+out then, and the peer works on it while the other half is read. Were all of them read first, the two ends would take turns."""
 
 
 class Pollable(Protocol):
@@ -86,7 +87,10 @@ class Poller:
     def _ready(self) -> None:
         epoll, pollables = self._epoll, self._pollables
         assert epoll is not None
-        for fd, events in epoll.poll(0, AT_ONCE):
+        fewest, most = AT_ONCE
+        at_once = len(pollables) >> 1
+        # Those that were told last are the last to be told again (epoll_wait(2) goes round): nobody starves.
+        for fd, events in epoll.poll(0, fewest if at_once < fewest else most if at_once > most else at_once):
             pollable = pollables.get(fd)
             if pollable is not None:
                 try:

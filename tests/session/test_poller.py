@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from konnektor.poller import AT_ONCE, READ, WRITE, Poller, poller_of
+from konnektor.poller import READ, WRITE, Poller, poller_of
 from konnektor.socket_transport import SocketTransport
 from tests.session.test_socket_transport import Recorder, joined
 
@@ -115,13 +115,33 @@ async def test_an_owner_that_fails_keeps_no_other_from_its_turn():
             poller.remove(owner.sock.fileno())
 
 
-async def test_more_than_are_served_at_once_are_all_served():
+@pytest.mark.parametrize(("watched", "turns"), [(16, [16]), (17, [16, 1]), (50, [25, 25]), (530, [256, 256, 18])])
+async def test_half_are_served_before_the_loop_has_its_turn(watched, turns):
+    """So what they brought goes out before the others are read."""
     poller = Poller(asyncio.get_running_loop())
-    with readable(poller, AT_ONCE + 50) as owners:
+    served = [0]
+    with readable(poller, watched) as owners:
+
+        def serve(sock):
+            if not served[-1]:
+                asyncio.get_running_loop().call_soon(served.append, 0)
+            sock.recv(1)
+            served[-1] += 1
+
         for owner in owners:
-            owner.on_ready = lambda _events, sock=owner.sock: sock.recv(1)
-        await until(lambda: all(owner.events for owner in owners))
+            owner.on_ready = lambda _events, sock=owner.sock: serve(sock)
+        await until(lambda: sum(served) == watched)
         assert all(owner.events == [READ] for owner in owners)
+        assert [count for count in served if count] == turns
+        for owner in owners:
+            poller.remove(owner.sock.fileno())
+
+
+async def test_none_starves_beside_those_that_are_always_ready():
+    poller = Poller(asyncio.get_running_loop())
+    with readable(poller, 100) as owners:
+        await until(lambda: all(owner.events for owner in owners))
+        assert max(len(owner.events) for owner in owners) <= 2
         for owner in owners:
             poller.remove(owner.sock.fileno())
 
