@@ -65,7 +65,7 @@ bench-quick: .venv/.ready-bench ## measure bulk and requests beside OpenSSH and 
 bench-micro: .venv/.ready-bench ## measure the core alone, in memory
 	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
 
-profile: .venv/.ready-bench ## where both ends' time goes under each kind of load, and flame graphs in docs/bench/ (two minutes; CASES=up,requests)
+profile: .venv/.ready-bench ## where both ends' time goes under each kind of load, and flame graphs in docs/bench/ (three minutes; CASES=up,requests)
 	@$(BIN)/python -m bench.profiles --cases='$(CASES)' --svg=docs/bench
 
 isolation: $(READY) ## measure what a small stream notices of stalled streams, a peer that never reads, and bulk (five minutes)

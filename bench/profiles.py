@@ -66,6 +66,7 @@ def _of(column: str) -> Case:
 CASES: Final = {
     "up": _of("up"),
     "down": _of("down"),
+    "request": _of("requests1"),
     "requests": _of("requests32"),
     "connections": _of("connections"),
     "beside": Case("one client's small requests beside four bulk uploads", BESIDE.together),
