@@ -19,8 +19,9 @@ WRITE: Final = select.EPOLLOUT
 FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 """Told whether it is asked for or not."""
 
-AT_ONCE: Final = 16, 256
-"""Sockets that are served before the loop has its turn, at least and at most: half of all that are watched. What they brought goes
+FEWEST_AT_ONCE: Final = 16
+MOST_AT_ONCE: Final = 256
+"""Sockets that are served before the loop has its turn: between these two, half of all that are watched. What they brought goes
 out then, and the peer works on it while the other half is read. Were all of them read first, the two ends would take turns."""
 
 
@@ -87,10 +88,9 @@ class Poller:
     def _ready(self) -> None:
         epoll, pollables = self._epoll, self._pollables
         assert epoll is not None
-        fewest, most = AT_ONCE
-        at_once = len(pollables) >> 1
+        at_once = min(max(len(pollables) // 2, FEWEST_AT_ONCE), MOST_AT_ONCE)
         # Those that were told last are the last to be told again (epoll_wait(2) goes round): nobody starves.
-        for fd, events in epoll.poll(0, fewest if at_once < fewest else most if at_once > most else at_once):
+        for fd, events in epoll.poll(0, at_once):
             pollable = pollables.get(fd)
             if pollable is not None:
                 try:
