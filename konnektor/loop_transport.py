@@ -12,7 +12,7 @@ import logging
 import select
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from konnektor.addresses import format_hostport
@@ -72,6 +72,9 @@ class LoopTransport:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._transport.write(bytes(data))
+
+    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+        self._transport.write(b"".join(chunks))
 
     def can_write_eof(self) -> bool:
         return self._transport.can_write_eof()

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from konnektor.admission import Admission, Role
@@ -150,6 +150,8 @@ class Mux:
         """Our streams whose OPEN is not on the wire."""
         self.control: deque[MuxStream] = deque()
         """Streams that have something to say besides data."""
+        self.gathering: list[Callable[[], None]] = []
+        """Sinks that keep what this read brought until the end of it."""
         self.cut_off = 0
         self.owed = OwedEnds(self)
         self.pool = Pool(limits.receive_pool, limits.initial_window, limits.initial_streams)
@@ -327,7 +329,13 @@ class Mux:
             return len(data)
         self.liveness.heard(now)
         try:
-            used = self.inbound.receive(memoryview(data), now)
+            try:
+                used = self.inbound.receive(memoryview(data), now)
+            finally:
+                if self.gathering:
+                    gathering, self.gathering = self.gathering, []
+                    for deliver in gathering:
+                        deliver()
         except (ProtocolError, VersionError, CalmError) as error:
             self.end(error, Close(error.code, error.reason))
             return len(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from konnektor.credit import ReceiveWindow, SendWindow
@@ -59,9 +59,10 @@ class Sink(Protocol):
         """The peer accepted the stream we opened."""
 
     def data_received(self, data: memoryview, /) -> None:
-        """Bytes came. ``data`` is valid during the call only; report them with ``consumed`` when they are used.
+        """Bytes came. Report them with ``consumed`` when they are used.
 
-        On a stream of the peer's they may come before ``accept``; they are not to be used before it.
+        ``data`` is valid during the call only, or for as long as ``MuxStream.gather`` says. On a stream of the peer's bytes may
+        come before ``accept``; they are not to be used before it.
         """
 
     def eof_received(self) -> None:
@@ -355,6 +356,13 @@ class MuxStream(Flow):
             count = unread
         if count:
             self._mux.consumed(self, count)
+
+    def gather(self, deliver: Callable[[], None]) -> None:
+        """Calls ``deliver`` once all that came in the same read has been given to its sinks.
+
+        For a sink that is just being given data: it is valid until then.
+        """
+        self._mux.gathering.append(deliver)
 
     def stop(self, code: int = Code.CANCELLED) -> None:
         """Asks the peer to stop sending. What came and comes is discarded.

@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
 from konnektor.poller import FAILED, READ, WRITE, poller_of
@@ -251,9 +251,38 @@ class SocketTransport:
             self._refused(error)
             return
         if count < len(data):
-            self._buffer = bytearray(memoryview(data)[count:])
-            self._watch(WRITE if self._watched == UNWATCHED else self._watched | WRITE)
-            self._protocol.pause_writing()
+            self._keep(bytearray(memoryview(data)[count:]))
+
+    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Writes them with one system call: a few, since a kernel takes no more than IOV_MAX."""
+        if self._closing or self._eof or self._lost:
+            return
+        if self._buffer is not None:
+            for chunk in chunks:
+                self._buffer += chunk
+            return
+        try:
+            count = self._sock.sendmsg(chunks)
+        except (BlockingIOError, InterruptedError):
+            count = 0
+        except OSError as error:
+            self._refused(error)
+            return
+        rest = bytearray()
+        for chunk in chunks:
+            if count < len(chunk):
+                rest += memoryview(chunk)[count:]
+                count = 0
+            else:
+                count -= len(chunk)
+        if rest:
+            self._keep(rest)
+
+    def _keep(self, rest: bytearray) -> None:
+        """What the kernel did not take."""
+        self._buffer = rest
+        self._watch(WRITE if self._watched == UNWATCHED else self._watched | WRITE)
+        self._protocol.pause_writing()
 
     def _writable(self) -> None:
         buffer = self._buffer

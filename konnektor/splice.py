@@ -30,6 +30,9 @@ QUEUE_HIGH: Final = 4 * PAYLOAD
 """Bytes read ahead of what the session has sent: a few full frames, so that reading and writing overlap. As many are read at
 once: a few bytes more, and every read would leave a crumb that goes as a frame of its own."""
 QUEUE_LOW: Final = 2 * PAYLOAD
+GATHERED: Final = 32 * 1024
+"""Payloads from this size on are written together with those of the same stream that came in the same read: each write wakes
+up whoever reads, who takes the processor."""
 LINGER: Final = 2.0
 """Seconds that a client has to take the end of a stream whose other half the peer stopped."""
 LOOK_AGAIN: Final = 0.02
@@ -55,6 +58,7 @@ class Splice:
         "_broken",
         "_code",
         "_done",
+        "_gathered",
         "_held",
         "_lingering",
         "_paused",
@@ -73,6 +77,7 @@ class Splice:
         self.transport: SocketTransport | LoopTransport | None = None
         self._paused = False
         self._held = 0
+        self._gathered: list[memoryview] | None = None
         self._broken = False
         self._done = False
         self._lingering = False
@@ -96,6 +101,7 @@ class Splice:
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             for chunk in chunks:
                 self.data_received(memoryview(chunk))
+            self._deliver()
             if inbox.send_error is not None:
                 self.failed(inbox.send_error, receiving=False, sending=True)
             if inbox.receive_error is not None:
@@ -112,16 +118,42 @@ class Splice:
         transport, stream = self.transport, self._stream
         assert stream is not None
         size = len(data)
+        if size >= GATHERED:
+            if self._gathered is None:
+                self._gathered = []
+                stream.gather(self._deliver)
+            self._gathered.append(data)
+            return
+        if self._gathered is not None:
+            self._deliver()
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
         transport.write(data)
+        self._written(stream, size)
+
+    def _deliver(self) -> None:
+        """Writes what was gathered, in one go."""
+        gathered, self._gathered = self._gathered, None
+        transport, stream = self.transport, self._stream
+        if gathered is None or stream is None:
+            return
+        size = sum(map(len, gathered))
+        if transport is None or transport.is_closing():
+            stream.consumed(size)
+            return
+        transport.writelines(gathered)
+        self._written(stream, size)
+
+    def _written(self, stream: MuxStream, size: int) -> None:
         if self._paused:
             self._held += size
         else:
             stream.consumed(size)
 
     def eof_received(self) -> None:
+        if self._gathered is not None:
+            self._deliver()
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -141,6 +173,8 @@ class Splice:
             self._stream.reset(self._code)
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
+        if self._gathered is not None:
+            self._deliver()
         if receiving:
             # The other end broke off: whoever is at this end must not take it for a clean end.
             self.break_off()
@@ -150,6 +184,8 @@ class Splice:
             self.writable()
 
     def closed(self) -> None:
+        if self._gathered is not None:
+            self._deliver()
         if self._done:
             self._stream = None
         else:
