@@ -59,7 +59,6 @@ from konnektor.states import (
     RECEIVING_AWAITING,
     RECEIVING_ENDED,
     RECEIVING_GIVEN_UP,
-    RECEIVING_OPEN,
     SENDING_ENDED,
     SENDING_FINISHING,
     SENDING_OPEN,
@@ -656,15 +655,6 @@ class Mux:
             stream.in_control = True
             self.control.append(stream)
             self.wake()
-
-    def consumed(self, stream: MuxStream, count: int) -> None:
-        """See ``MuxStream.consumed``."""
-        if stream.receive_window.consume(count) and stream.receiving is RECEIVING_OPEN:
-            stream.credit_due = True
-            self.want_control(stream)
-        elif stream.forgotten:
-            self.retire(stream)
-        self.freed()
 
     def freed(self) -> None:
         """The pool may have room for an OPEN that waits for it."""

@@ -350,12 +350,19 @@ class MuxStream(Flow):
 
     def consumed(self, count: int) -> None:
         """The application took ``count`` bytes: their credit goes back to the peer."""
-        window = self.receive_window
+        window, mux = self.receive_window, self._mux
         unread = window.received - window.consumed
         if count > unread:
             count = unread
-        if count:
-            self._mux.consumed(self, count)
+        if not count:
+            return
+        if window.consume(count) and self.receiving is RECEIVING_OPEN:
+            self.credit_due = True
+            mux.want_control(self)
+        elif self.forgotten:
+            mux.retire(self)
+        if mux.opens:
+            mux.freed()
 
     def gather(self, deliver: Callable[[], None]) -> None:
         """Calls ``deliver`` once all that came in the same read has been given to its sinks.
@@ -459,18 +466,14 @@ class MuxStream(Flow):
                 break
             parts.append(head)
             count -= size
-            head = self._next_chunk()
+            queue = self._queue
+            if queue is None:
+                head = None
+            else:
+                head = queue.popleft()
+                if not queue:
+                    self._queue = None
         self._head = head
-
-    def _next_chunk(self) -> Buffer | None:
-        """The one behind the head of the queue."""
-        queue = self._queue
-        if queue is None:
-            return None
-        chunk = queue.popleft()
-        if not queue:
-            self._queue = None
-        return chunk
 
     def drop_queue(self) -> None:
         """What is queued will not be sent."""

@@ -194,7 +194,7 @@ class Outbound:
         )
         if size < max_bytes and scheduler.active:
             size = self._data(parts, size, max_bytes, now, fresh_only=pause)
-            more = more or size >= max_bytes
+            more = more or (size >= max_bytes and scheduler.active > 0)
         if flight.sent != sent_before:
             flight.on_batch(now, limited=not scheduler.active)
             mux.liveness.sent(now)
@@ -381,6 +381,9 @@ class Outbound:
             if count > FRAME_FLOOR:
                 frame_limit = frame_limit or min(mux.peer.max_frame, PAYLOAD, flight.frame_limit())
                 limit = frame_limit if over < 0 else min(frame_limit, FRESH_PAYLOAD)
+                if count >= 2 * limit and over < 0 and scheduler.active == 1 and not fresh:
+                    size += self._bulk(stream, count, limit, min(max_bytes - size, -over), parts, now)
+                    continue
                 if count > limit:
                     count = limit
             left = pending - count
@@ -424,6 +427,27 @@ class Outbound:
         if flight.report_wanted and not mux.liveness.ping_out:
             # It goes ahead of the next batch.
             mux.wake()
+        return size
+
+    def _bulk(self, stream: MuxStream, count: int, limit: int, most: int, parts: list[Buffer], now: float) -> int:
+        """Full frames of the only stream that has anything, in one go; never the last that it may send.
+
+        Args:
+            count: bytes that it may send, two frames or more.
+            limit: bytes of payload in each.
+            most: bytes in all, exceeded by one frame at most.
+        """
+        frame_size = limit + HEADER_SIZE
+        frames = min(count // limit - 1, -(-most // frame_size))
+        header = data_header(0, 0, limit, stream.id)
+        for _ in range(frames):
+            parts.append(header)
+            stream.take(limit, parts)
+        stream.send_window.sent += frames * limit
+        self._mux.flight.on_run(frame_size, frames)
+        self._passed = 0
+        size = frames * frame_size
+        self._mux.scheduler.charge_alone(stream, size, now)
         return size
 
     def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:

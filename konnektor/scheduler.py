@@ -118,24 +118,35 @@ class Scheduler:
     def charge(self, flow: Flow, size: int, now: float) -> None:
         """The flow that ``next`` named sent ``size`` bytes and has more."""
         self._spend(flow, size, now)
+        self._run = self._run + size if flow.place == FRESH else 0
+        flow.deficit -= size
         if flow.place == FRESH and (flow.deficit <= 0 or flow.spent >= BUCKET):
             self._fresh.popleft()
             flow.place = WAITING
             self._waiting.append(flow)
 
+    def charge_alone(self, flow: Flow, size: int, now: float) -> None:
+        """The flow that ``next`` named, a waiting one, sent ``size`` bytes and has more, and no other has anything.
+
+        Its turn goes on: who comes next finds it where it was.
+        """
+        self._run = 0
+        self._spend(flow, size, now)
+
     def finish(self, flow: Flow, size: int, now: float) -> None:
         """The flow that ``next`` named sent ``size`` bytes (0: it was reset) and has no more for now."""
         self._spend(flow, size, now)
         if flow.place == FRESH:
+            self._run += size
             self._fresh.popleft()
         else:
+            self._run = 0
             self._waiting.popleft()
         flow.place = IDLE
         self.active -= 1
 
     def _spend(self, flow: Flow, size: int, now: float) -> None:
-        self._run = self._run + size if flow.place == FRESH else 0
-        flow.deficit -= size
+        """Takes ``size`` bytes out of the flow's bucket."""
         spent = flow.spent - (now - flow.spent_at) * REFILL
         flow.spent = spent + size if spent > 0 else float(size)
         flow.spent_at = now

@@ -130,7 +130,10 @@ class Splice:
             stream.consumed(size)
             return
         transport.write(data)
-        self._written(stream, size)
+        if self._paused:
+            self._held += size
+        else:
+            stream.consumed(size)
 
     def _deliver(self) -> None:
         """Writes what was gathered, in one go."""
@@ -143,9 +146,6 @@ class Splice:
             stream.consumed(size)
             return
         transport.writelines(gathered)
-        self._written(stream, size)
-
-    def _written(self, stream: MuxStream, size: int) -> None:
         if self._paused:
             self._held += size
         else:
