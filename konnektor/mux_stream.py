@@ -367,7 +367,8 @@ class MuxStream(Flow):
     def gather(self, deliver: Callable[[], None]) -> None:
         """Calls ``deliver`` once all that came in the same read has been given to its sinks.
 
-        For a sink that is just being given data: it is valid until then.
+        For a sink that is just being given data: it is valid until then. If its stream ends or fails in the same read, the sink
+        is told so before.
         """
         self._mux.gathering.append(deliver)
 

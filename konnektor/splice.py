@@ -99,9 +99,9 @@ class Splice:
             self.transport.read_size = QUEUE_HIGH
         if isinstance(inbox, Inbox):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
-            for chunk in chunks:
-                self.data_received(memoryview(chunk))
-            self._deliver()
+            if chunks:
+                self._gathered = [memoryview(b"".join(chunks))]
+                self._deliver()
             if inbox.send_error is not None:
                 self.failed(inbox.send_error, receiving=False, sending=True)
             if inbox.receive_error is not None:

@@ -118,6 +118,37 @@ async def test_what_the_kernel_does_not_take_is_kept_and_sent_before_the_end():
         assert transport.get_write_buffer_size() == 0
 
 
+@pytest.mark.parametrize("size", [1, 10_000, 1_000_000])
+async def test_several_are_written_as_one(size):
+    with joined() as (transport, recorder, far):
+        chunks = [bytearray(bytes([number]) * size) for number in range(5)]
+        whole = b"".join(chunks)
+        transport.writelines([memoryview(chunk) for chunk in chunks])
+        for chunk in chunks:
+            chunk[:] = bytes(size)  # whoever wrote may reuse the buffers at once
+        assert (("pause",) in recorder.events) == (size == 1_000_000)
+        transport.writelines([b"and ", memoryview(b"more")])
+        transport.write_eof()
+        transport.writelines([b"ignored"])
+        assert await read_all(far) == whole + b"and more"
+        transport.close()
+        transport.writelines([b"ignored"])
+        await recorder.until("lost")
+
+
+async def test_several_for_an_end_that_takes_no_more():
+    with joined() as (transport, recorder, far):
+        transport.pause_reading()
+        far.send(b"the answer")
+        far.close()
+        transport.writelines([b"a", b"b"])
+        transport.writelines([b"c", b"d"])
+        assert not recorder.received
+        transport.resume_reading()
+        await recorder.until("lost")
+        assert recorder.received == b"the answer"
+
+
 async def test_close_flushes():
     with joined() as (transport, recorder, far):
         transport.write(b"x" * 4_000_000)

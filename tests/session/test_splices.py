@@ -23,7 +23,7 @@ from konnektor import loop_transport
 from konnektor.errors import StreamClosedError
 from konnektor.mux import PAYLOAD
 from konnektor.socket_transport import SocketTransport
-from konnektor.splice import QUEUE_HIGH, Splice, splice
+from konnektor.splice import GATHERED, QUEUE_HIGH, Splice, splice
 from konnektor.stream_types import Tcp
 from tests.session.check_stream import exactly, until_end
 from tests.session.pairs import memory_session_pair, memory_stream_pair, tcp_socketpair
@@ -92,6 +92,30 @@ async def test_both_ways(sockets):
         await sendall(outer, b"to the stream")
         assert await exactly(a, 13) == b"to the stream"
         assert not ended.is_set()
+
+
+@pytest.mark.parametrize("size", [GATHERED - 1, GATHERED, PAYLOAD, 3 * PAYLOAD + GATHERED + 1, 2_000_000])
+async def test_large_frames_arrive_whole_and_before_the_end(sockets, size):
+    """Also if the end came in the same read, and the socket takes them piece by piece."""
+    body = random.Random(size).randbytes(size)
+    async with half(sockets) as (a, outer, ended), asyncio.TaskGroup() as group:
+        receiving = group.create_task(recv_all(outer))
+        await a.send(body)
+        await a.send(b"the end")
+        await a.send_eof()
+        assert await receiving == body + b"the end"
+        assert not ended.is_set()
+
+
+@pytest.mark.parametrize("size", [PAYLOAD, 3 * PAYLOAD])
+async def test_what_came_before_the_streams_reset_is_no_more_than_what_was_sent(size):
+    """Of a Unix socket, which knows no reset, the other end can read what was written before it."""
+    body = random.Random(size).randbytes(size)
+    async with half(unix_socketpair) as (a, outer, ended):
+        await a.send(body)
+        a.reset()
+        assert body.startswith(await recv_all(outer))
+        await ended.wait()
 
 
 # Every order of ends

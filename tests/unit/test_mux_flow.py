@@ -5,6 +5,7 @@ import pytest
 from konnektor.errors import Code
 from konnektor.frames import Credit, Data, FrameType, Ping, Priority, scan
 from konnektor.limits import KIB, MIB, Limits
+from konnektor.mux import PAYLOAD
 from tests.pair import Pair
 from tests.unit.test_mux_streams import frames_of
 
@@ -106,6 +107,71 @@ def test_what_begins_bulky_is_ahead_once_and_no_interactive_stream(window):
         mux.flight.in_flight = 0  # all of it has arrived
         assert mux.data_to_send(pair.now)
         assert not bulk.hurried
+
+
+def full_batch():
+    """A pair, and its client's only stream, whose first bytes have made it bulky."""
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    ours, theirs = pair.open()
+    ours.write(b"." * 128 * KIB)
+    pair.pump()
+    return pair, ours, theirs
+
+
+def payloads(data):
+    return [(len(frame.payload), frame.flags) for frame, _ in scan(data) if isinstance(frame, Data)]
+
+
+@pytest.mark.parametrize("queued", [1, 2, 3, 4, 5, 9])
+def test_bulk_that_is_alone_goes_in_full_frames_and_nothing_is_left_behind(queued):
+    pair, ours, _ = full_batch()
+    mux = pair.client.mux
+    ours.write(bytes(queued * PAYLOAD))
+    ours.finish()
+    sent = []
+    while mux.awake:
+        before = mux.flight.in_flight
+        batch = mux.data_to_send(pair.now)
+        frames = payloads(batch)
+        assert 0 < len(frames) <= 4
+        assert mux.flight.in_flight - before == sum(8 + size for size, _ in frames)
+        sent += frames
+        mux.flight.in_flight = 0  # all of it has arrived
+    assert sent == [(PAYLOAD, 0)] * (queued - 1) + [(PAYLOAD, 1)]
+
+
+def test_a_batch_that_takes_all_there_was_needs_no_other():
+    pair, ours, _ = full_batch()
+    mux = pair.client.mux
+    ours.write(bytes(4 * PAYLOAD))
+    assert len(mux.data_to_send(pair.now)) == 256 * KIB
+    assert not mux.awake
+    mux.flight.in_flight = 0  # all of it has arrived
+    ours.write(bytes(4 * PAYLOAD + 1))
+    assert len(mux.data_to_send(pair.now)) == 256 * KIB
+    assert mux.awake
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1, 1023, 1024, 4096, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1])
+def test_bulk_that_is_alone_keeps_to_its_credit(spare):
+    pair, ours, _ = full_batch()
+    mux = pair.client.mux
+    window = ours.send_window
+    window.limit = window.sent + 2 * PAYLOAD + spare
+    ours.write(bytes(4 * PAYLOAD))
+    frames = payloads(mux.data_to_send(pair.now))
+    assert sum(size for size, _ in frames) <= 2 * PAYLOAD + spare
+    assert window.limit - window.sent < 1024
+    assert [flags for _, flags in frames] == [0] * (len(frames) - 1) + [2]
+
+
+def test_bulk_that_is_alone_keeps_to_what_may_be_in_flight():
+    pair, ours, _ = full_batch()
+    mux = pair.client.mux
+    cap = mux.flight.cap(pair.now)
+    mux.flight.in_flight = mux.flight.sequenced = cap - PAYLOAD - 1
+    ours.write(bytes(4 * PAYLOAD))
+    assert payloads(mux.data_to_send(pair.now)) == [(PAYLOAD, 0)]
 
 
 def test_idle_streams_hold_no_buffers():

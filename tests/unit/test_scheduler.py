@@ -100,6 +100,30 @@ def test_fresh_streams_together_cannot_starve_a_bulky_one():
     assert served >= 15
 
 
+def test_what_was_sent_alone_is_not_held_against_anybody():
+    scheduler = Scheduler()
+    early, late = new_flow(), new_flow()
+    early.spent = late.spent = BUCKET
+    scheduler.add(early)
+    for _ in range(100):
+        assert scheduler.next() is early
+        scheduler.charge_alone(early, 3 * 65_536, 0.0)
+    scheduler.add(late)
+    sent = run(scheduler, 65_536, 8)
+    assert sent[early] == sent[late]
+
+
+def test_who_sends_alone_stays_bulky():
+    scheduler = Scheduler()
+    flow = new_flow()
+    flow.spent = BUCKET
+    scheduler.add(flow)
+    scheduler.charge_alone(scheduler.next(), 10 * BUCKET, 0.0)
+    scheduler.finish(flow, 0, 0.0)
+    scheduler.add(flow)
+    assert flow.place == WAITING
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 255)), min_size=2, max_size=8),
     st.lists(st.tuples(st.integers(0, 7), st.integers(1, 65_536), st.booleans()), max_size=200),
