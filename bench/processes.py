@@ -17,6 +17,7 @@ __all__ = [
     "cpu_seconds",
     "executable",
     "free_port",
+    "machine_time",
     "raise_descriptor_limit",
     "resident_kb",
     "user_and_system",
@@ -109,6 +110,13 @@ def _family(roots: Iterable[int]) -> dict[int, int]:
 def cpu_seconds(roots: Iterable[int]) -> float:
     """User and system time of processes and all their descendants that live."""
     return sum(_family(roots).values()) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_time() -> tuple[float, float]:
+    """Seconds since it was started that all cores together were idle, and in all (proc(5), ``/proc/stat``)."""
+    ticks = [int(word) for word in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:9]]
+    hz = os.sysconf("SC_CLK_TCK")
+    return (ticks[3] + ticks[4]) / hz, sum(ticks) / hz
 
 
 def user_and_system(pid: int) -> tuple[float, float]:

@@ -67,6 +67,7 @@ class Results:
         begun: when, UTC.
         tools: version by name.
         left_out: reason by peer that was asked for.
+        paces: microseconds (``pace``) before each measurement, in their order.
         samples: values by column, peer and figure, in the order of repeats.
         failures: what went wrong, or why there is no such figure, by column and peer.
     """
@@ -79,6 +80,7 @@ class Results:
     tools: dict[str, str] = field(default_factory=dict)
     peers: list[Entrant] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    paces: list[float] = field(default_factory=list)
     samples: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 

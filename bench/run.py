@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.columns import Column, Figures
 from bench.columns.tools import Failed
+from bench.pace import pace
 from bench.peers import Peer
 from bench.peers.go import GoPeer
 from bench.peers.konnektor import Konnektor
@@ -131,6 +132,7 @@ def measure(
                     if (why := column.unfit(entry.kind)) is not None:
                         results.fail(column.name, name, why)
                         continue
+                    results.paces.append(pace())
                     figures: Figures = {}
                     failure = None
                     try:

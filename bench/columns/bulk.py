@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 
-from bench.columns.column import Column, Figure, Figures
+from bench.columns.column import IDLE, Column, Figure, Figures, idle_since
 from bench.columns.tools import transfer, whole
 from bench.peers.peer import Peer
+from bench.processes import machine_time
 
 __all__ = ["COLUMNS"]
 
 
 class Bulk(Column):
     family = "bulk"
-    figures = (Figure("rate", "MB/s", "more"), Figure("CPU", "s/GB", "less"))
+    figures = (Figure("rate", "MB/s", "more"), Figure("CPU", "s/GB", "less"), IDLE)
 
     def __init__(self, name: str, about: str, *args: str) -> None:
         self.name, self.about, self.args = name, about, args
@@ -22,10 +23,11 @@ class Bulk(Column):
         return whole(seconds) + 0.7
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
-        before = peer.cpu()
+        before, machine = peer.cpu(), machine_time()
         received = transfer(peer, seconds, *self.args)
+        idle = idle_since(machine)
         time.sleep(0.2)
-        return {"rate": received.rate, "CPU": (peer.cpu() - before) / (received.bytes / 1e9)}
+        return {"rate": received.rate, "CPU": (peer.cpu() - before) / (received.bytes / 1e9), "idle": idle}
 
 
 COLUMNS = [

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from bench.peers.peer import Peer
+from bench.processes import machine_time
 
-__all__ = ["Column", "Figure", "Figures"]
+__all__ = ["IDLE", "Column", "Figure", "Figures", "idle_since"]
 
 Figures = Mapping[str, float]
 
@@ -27,6 +28,17 @@ class Figure:
     name: str
     unit: str
     better: Literal["more", "less"]
+
+
+IDLE = Figure("idle", "%", "less")
+"""Of the machine while a load ran, its beginning and end included: what is idle under a load that asks for all of it waits
+for somebody else to answer."""
+
+
+def idle_since(before: tuple[float, float]) -> float:
+    """``IDLE``, since the ``machine_time`` that is given."""
+    idle, total = (now - then for now, then in zip(machine_time(), before, strict=True))
+    return 100 * idle / total if total else 0.0
 
 
 class Column(ABC):

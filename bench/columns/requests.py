@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bench.columns.column import Column, Figure, Figures
+from bench.columns.column import IDLE, Column, Figure, Figures, idle_since
 from bench.columns.tools import whole, wrk
 from bench.peers.peer import Peer
+from bench.processes import machine_time
 
 __all__ = ["COLUMNS"]
 
@@ -13,7 +14,7 @@ class Requests(Column):
     family = "requests"
     figures = (
         Figure("rate", "/s", "more"), Figure("p50", "ms", "less"), Figure("p99", "ms", "less"), Figure("p99.9", "ms", "less"),
-        Figure("CPU", "s/100k", "less"),
+        Figure("CPU", "s/100k", "less"), IDLE,
     )  # fmt: skip
 
     def __init__(self, name: str, about: str, connections: int, *args: str) -> None:
@@ -23,9 +24,10 @@ class Requests(Column):
         return whole(seconds) + 0.2
 
     def measure(self, peer: Peer, seconds: float) -> Figures:
-        before = peer.cpu()
+        before, machine = peer.cpu(), machine_time()
         load = wrk(peer.ports["http"], seconds, self.connections, *self.args)
-        return {"rate": load.rate, **load.figures(), "CPU": (peer.cpu() - before) / (load.requests / 1e5)}
+        idle = idle_since(machine)
+        return {"rate": load.rate, **load.figures(), "CPU": (peer.cpu() - before) / (load.requests / 1e5), "idle": idle}
 
 
 class Connections(Requests):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 from bench.columns import COLUMNS, Column, Figure
 from bench.goals import OURS, best, verdict
@@ -112,7 +113,13 @@ def _table(results: Results, title: str, shown: list[tuple[Column, Figure]], hea
 def about(results: Results) -> list[str]:
     """Where, when, with what."""
     tools = ", ".join(f"{name} {version}" for name, version in results.tools.items())
-    return [
+    said = [
         f"{results.machine}; {tools}; begun {results.begun}.",
         f"Median (lowest-highest) of {results.repeats} interleaved repeats, fewer where a column is slow; {results.seconds:g} s each.",
     ]
+    if results.paces:
+        said.append(
+            "Before each, a loop of the interpreter's that never changes was timed (bench/pace.py): "
+            f"{spread(results.paces, median(results.paces))} us, so different were the same cores from one moment to the next."
+        )
+    return said

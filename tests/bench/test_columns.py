@@ -49,7 +49,8 @@ def test_a_column(name, running):
         assert list(figures) == [figure.name for figure in column.figures]
     assert all(math.isfinite(value) for value in figures.values())
     if name not in ("memory", "workers"):  # what is small may not grow at all
-        assert all(value > 0 for value in figures.values())
+        assert all(value > 0 for figure, value in figures.items() if figure != "idle")
+    assert 0 <= figures.get("idle", 0) <= 100
     assert not running.ended()
 
 

@@ -49,6 +49,12 @@ def test_a_file_of_something_else_is_refused(text, tmp_path):
     assert done.stderr == f"{tmp_path}/x.json is not a result of python -m bench --json (format 1)\n"
 
 
+def test_the_pace_of_the_machine_is_said(results):
+    assert "pace" not in " ".join(lines(results))
+    results.paces = [55.1, 97.0, 60.0]
+    assert "60.0 (55.1-97.0) us" in " ".join(lines(results))
+
+
 def test_the_best_peer_is_none_of_ours_and_does_the_same_job(results):
     assert best(results, "up", "rate") == ("openssh", 600)
     assert best(results, "up", "CPU")[0] == "openssh"
@@ -80,7 +86,7 @@ def test_figures_are_named_once_in_a_column():
 def test_tables_show_medians_and_ranges_and_what_failed(results):
     found = {table.title: table for table in tables(results)}
     up = found["up"]
-    assert up.heads == ["", "rate MB/s", "CPU s/GB"]
+    assert up.heads == ["", "rate MB/s", "CPU s/GB", "idle %"]
     assert [[cell.text for cell in row[:2]] for row in up.rows][:2] == [
         ["konnektor", "500 (450-600)"],
         ["openssh", "600 (540-720)"],

@@ -65,6 +65,13 @@ def test_a_broken_peer_does_not_end_the_run(results, tmp_path):
     ]  # fmt: skip
 
 
+def test_the_pace_of_the_machine_is_taken_before_each_step(results, tmp_path, monkeypatch):
+    paces = iter(range(10))
+    monkeypatch.setattr(run, "pace", lambda: next(paces))
+    measure([kind("bad"), kind("good"), kind("unfit")], [Once()], results, tmp_path, lambda _: None)
+    assert results.paces == [0, 1, 2, 3]
+
+
 def test_what_is_not_a_number_is_left_out(results, tmp_path, monkeypatch):
     monkeypatch.setattr(Once, "measure", lambda *_: {"it": 1.0, "CPU": float("nan")})
     measure([kind("good")], [Once()], results, tmp_path, lambda step: seen.append(step.figures))
