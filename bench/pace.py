@@ -1,7 +1,7 @@
 """How fast the machine's cores are at this moment: a piece of work that never changes, timed.
 
-A virtual machine's core gives more or less from one minute to the next, because the other half of it (a hyperthread of somebody
-else's) works or rests. Interpreted code feels it more than copying or encrypting does. So every measurement has this one before
+A virtual machine's core gives more or less from one minute to the next: what others do on the other half of it, it cannot see.
+Interpreted code feels it more than copying or encrypting does. So every measurement has this one before
 it, and a run says from where to where it went.
 """
 
