@@ -548,6 +548,7 @@ async def test_drain_raises_when_the_stream_is_reset():
             await writer.wait_closed()
 
 
+@pytest.mark.skipif(not hasattr(asyncio.StreamWriter, "__del__"), reason="asyncio's, since Python 3.11.3")
 async def test_a_dropped_writer_closes():
     async with memory_stream_pair() as (a, b):
         reader, writer = a.as_asyncio()
