@@ -73,8 +73,11 @@ class LoopTransport:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._transport.write(bytes(data))
 
-    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        self._transport.write(b"".join(chunks))
+    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> int:
+        """Returns how many bytes of them may wait in a buffer: all."""
+        data = b"".join(chunks)
+        self._transport.write(data)
+        return len(data)
 
     def can_write_eof(self) -> bool:
         return self._transport.can_write_eof()

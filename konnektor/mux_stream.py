@@ -476,6 +476,11 @@ class MuxStream(Flow):
                     self._queue = None
         self._head = head
 
+    def has_room(self) -> None:
+        """The queue has come down to where ``want_room`` asked to be told."""
+        self.room_wanted = False
+        self.sink.writable()
+
     def drop_queue(self) -> None:
         """What is queued will not be sent."""
         self._head = self._queue = None

@@ -420,8 +420,7 @@ class Outbound:
                 # All it had: the beginning of something bulky is as much ahead, and no reason to hold others back.
                 interactive = True
             if stream.room_wanted and stream.queued <= stream.low_water:
-                stream.room_wanted = False
-                stream.sink.writable()
+                stream.has_room()
         if interactive:
             flight.on_interactive(now)
         if flight.report_wanted and not mux.liveness.ping_out:
@@ -448,6 +447,8 @@ class Outbound:
         self._passed = 0
         size = frames * frame_size
         self._mux.scheduler.charge_alone(stream, size, now)
+        if stream.room_wanted and stream.queued <= stream.low_water:
+            stream.has_room()
         return size
 
     def _datagram(self, stream: MuxStream, queue: DatagramQueue, parts: list[Buffer], now: float) -> int:

@@ -253,21 +253,26 @@ class SocketTransport:
         if count < len(data):
             self._keep(bytearray(memoryview(data)[count:]))
 
-    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Writes them with one system call: a few, since a kernel takes no more than IOV_MAX."""
+    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> int:
+        """Writes them with one system call: a few, since a kernel takes no more than IOV_MAX.
+
+        Returns:
+            How many bytes of them wait in the transport's buffer.
+        """
         if self._closing or self._eof or self._lost:
-            return
+            return 0
         if self._buffer is not None:
+            before = len(self._buffer)
             for chunk in chunks:
                 self._buffer += chunk
-            return
+            return len(self._buffer) - before
         try:
             count = self._sock.sendmsg(chunks)
         except (BlockingIOError, InterruptedError):
             count = 0
         except OSError as error:
             self._refused(error)
-            return
+            return 0
         rest = bytearray()
         for chunk in chunks:
             if count < len(chunk):
@@ -277,6 +282,7 @@ class SocketTransport:
                 count -= len(chunk)
         if rest:
             self._keep(rest)
+        return len(rest)
 
     def _keep(self, rest: bytearray) -> None:
         """What the kernel did not take."""

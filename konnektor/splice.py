@@ -145,11 +145,11 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.writelines(gathered)
+        kept = transport.writelines(gathered)
         if self._paused:
-            self._held += size
-        else:
-            stream.consumed(size)
+            self._held += kept
+            size -= kept
+        stream.consumed(size)
 
     def eof_received(self) -> None:
         if self._gathered is not None:

@@ -123,13 +123,14 @@ async def test_several_are_written_as_one(size):
     with joined() as (transport, recorder, far):
         chunks = [bytearray(bytes([number]) * size) for number in range(5)]
         whole = b"".join(chunks)
-        transport.writelines([memoryview(chunk) for chunk in chunks])
+        kept = transport.writelines([memoryview(chunk) for chunk in chunks])
+        assert kept == transport.get_write_buffer_size() < len(whole)
         for chunk in chunks:
             chunk[:] = bytes(size)  # whoever wrote may reuse the buffers at once
         assert (("pause",) in recorder.events) == (size == 1_000_000)
-        transport.writelines([b"and ", memoryview(b"more")])
+        assert transport.writelines([b"and ", memoryview(b"more")]) == (8 if kept else 0)
         transport.write_eof()
-        transport.writelines([b"ignored"])
+        assert transport.writelines([b"ignored"]) == 0
         assert await read_all(far) == whole + b"and more"
         transport.close()
         transport.writelines([b"ignored"])

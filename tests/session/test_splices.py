@@ -21,10 +21,13 @@ import pytest
 import konnektor as kk
 from konnektor import loop_transport
 from konnektor.errors import StreamClosedError
+from konnektor.frames import Data
+from konnektor.limits import MIB
 from konnektor.mux import PAYLOAD
 from konnektor.socket_transport import SocketTransport
-from konnektor.splice import GATHERED, QUEUE_HIGH, Splice, splice
+from konnektor.splice import GATHERED, QUEUE_HIGH, Splice, join, splice
 from konnektor.stream_types import Tcp
+from tests.pair import Pair
 from tests.session.check_stream import exactly, until_end
 from tests.session.pairs import memory_session_pair, memory_stream_pair, tcp_socketpair
 
@@ -105,6 +108,26 @@ async def test_large_frames_arrive_whole_and_before_the_end(sockets, size):
         await a.send_eof()
         assert await receiving == body + b"the end"
         assert not ended.is_set()
+
+
+async def test_of_large_frames_only_what_the_socket_does_not_take_waits_for_credit():
+    pair = Pair(kk.Limits(initial_window=MIB, initial_streams=8))
+    ours, theirs = pair.open(accept=False)
+    outer, inner = unix_socketpair()
+    ended = asyncio.Event()
+    join(theirs, inner, on_closed=ended.set)
+    pair.pump()
+    read = [Data(ours.id, bytes(PAYLOAD))] * 4
+    window = theirs.receive_window
+    pair.client.inject(*read)
+    kept = theirs.sink.transport.get_write_buffer_size()
+    assert 0 < kept == window.received - window.consumed
+    pair.client.inject(*read)  # nothing more is taken now
+    assert window.received - window.consumed == kept + 4 * PAYLOAD
+    while window.received > window.consumed:
+        assert await recv(outer)
+    outer.close()
+    await ended.wait()
 
 
 @pytest.mark.parametrize("size", [PAYLOAD, 3 * PAYLOAD])

@@ -174,6 +174,19 @@ def test_bulk_that_is_alone_keeps_to_what_may_be_in_flight():
     assert payloads(mux.data_to_send(pair.now)) == [(PAYLOAD, 0)]
 
 
+@pytest.mark.parametrize("queued", [2, 3, 4, 6])
+def test_bulk_that_is_alone_says_when_there_is_room(queued):
+    """Though the frame that makes the room is not the last that goes."""
+    pair, ours, _ = full_batch()
+    mux = pair.client.mux
+    mux.flight.in_flight = mux.flight.sequenced = mux.flight.cap(pair.now) - (queued - 1) * PAYLOAD
+    ours.write(bytes(queued * PAYLOAD))
+    ours.want_room(PAYLOAD)
+    mux.data_to_send(pair.now)
+    assert ours.queued == (PAYLOAD if queued < 6 else 2 * PAYLOAD)
+    assert ours.sink.kinds.count("writable") == (queued < 6)
+
+
 def test_idle_streams_hold_no_buffers():
     pair = Pair()
     ours, _ = pair.open()
