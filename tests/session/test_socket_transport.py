@@ -137,6 +137,30 @@ async def test_several_are_written_as_one(size):
         await recorder.until("lost")
 
 
+@pytest.mark.parametrize("taken", [BlockingIOError, InterruptedError, 1, 6])
+async def test_several_of_which_the_kernel_takes_little(taken):
+    class Full(socket.socket):
+        def sendmsg(self, chunks):
+            if isinstance(taken, type):
+                raise taken
+            return super().send(b"".join(chunks)[:taken])
+
+    near, far = socket.socketpair()
+    with far:
+        far.setblocking(False)
+        full = Full(fileno=near.detach())
+        full.setblocking(False)
+        recorder = Recorder()
+        transport = SocketTransport(full, recorder)
+        kept = transport.writelines([b"some", b"", b"more"])
+        assert kept == transport.get_write_buffer_size() == (8 - taken if isinstance(taken, int) else 8)
+        transport.write_eof()
+        assert await read_all(far) == b"somemore"
+        await recorder.until("resume")
+        transport.close()
+        await recorder.until("lost")
+
+
 async def test_several_for_an_end_that_takes_no_more():
     with joined() as (transport, recorder, far):
         transport.pause_reading()
