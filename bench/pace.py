@@ -1,8 +1,8 @@
 """How fast the machine's cores are at this moment: a piece of work that never changes, timed.
 
 A virtual machine's core gives more or less from one minute to the next: what others do on the other half of it, it cannot see.
-Interpreted code feels it more than copying or encrypting does. So every measurement has this one before
-it, and a run says from where to where it went.
+Interpreting and copying feel it more than encrypting does, so peers do not lose alike. Every measurement has this one before it,
+and a run says from where to where it went.
 """
 
 from __future__ import annotations

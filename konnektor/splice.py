@@ -136,7 +136,7 @@ class Splice:
             stream.consumed(size)
 
     def _deliver(self) -> None:
-        """Writes what was gathered, in one go."""
+        """Writes what was gathered, if anything, in one go."""
         gathered, self._gathered = self._gathered, None
         transport, stream = self.transport, self._stream
         if gathered is None or stream is None:
@@ -152,8 +152,7 @@ class Splice:
         stream.consumed(size)
 
     def eof_received(self) -> None:
-        if self._gathered is not None:
-            self._deliver()
+        self._deliver()
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -173,8 +172,7 @@ class Splice:
             self._stream.reset(self._code)
 
     def failed(self, error: PeerError, /, *, receiving: bool, sending: bool) -> None:
-        if self._gathered is not None:
-            self._deliver()
+        self._deliver()
         if receiving:
             # The other end broke off: whoever is at this end must not take it for a clean end.
             self.break_off()
@@ -184,8 +182,7 @@ class Splice:
             self.writable()
 
     def closed(self) -> None:
-        if self._gathered is not None:
-            self._deliver()
+        self._deliver()
         if self._done:
             self._stream = None
         else:

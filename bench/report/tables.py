@@ -121,6 +121,6 @@ def about(results: Results) -> list[str]:
     if results.paces:
         said.append(
             "Before each, a loop of the interpreter's that never changes was timed (bench/pace.py): "
-            f"{spread(results.paces, median(results.paces))} us, so different were the same cores from one moment to the next."
+            f"{spread(results.paces, median(results.paces))} us of CPU time."
         )
     return said

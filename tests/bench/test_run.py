@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from bench.columns import Column, Figure
 from bench.columns.streams import Streams
 from bench.columns.tools import Failed
 from bench.columns.workers import Workers, connected
+from bench.pace import ROUNDS, pace
 from bench.peers import PEERS
 from bench.peers.direct import Direct
 from bench.peers.peer import Unusable
@@ -70,6 +72,12 @@ def test_the_pace_of_the_machine_is_taken_before_each_step(results, tmp_path, mo
     monkeypatch.setattr(run, "pace", lambda: next(paces))
     measure([kind("bad"), kind("good"), kind("unfit")], [Once()], results, tmp_path, lambda _: None)
     assert results.paces == [0, 1, 2, 3]
+
+
+def test_the_pace_is_cpu_time_and_not_time(monkeypatch):
+    ticks = iter([1.0, 1.5])
+    monkeypatch.setattr(time, "thread_time", lambda: next(ticks))
+    assert pace() == pytest.approx(0.5 / ROUNDS * 1e6)
 
 
 def test_what_is_not_a_number_is_left_out(results, tmp_path, monkeypatch):

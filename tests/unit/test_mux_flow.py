@@ -109,13 +109,13 @@ def test_what_begins_bulky_is_ahead_once_and_no_interactive_stream(window):
         assert not bulk.hurried
 
 
-def full_batch():
+def bulky():
     """A pair, and its client's only stream, whose first bytes have made it bulky."""
     pair = Pair(Limits(initial_window=MIB, initial_streams=8))
-    ours, theirs = pair.open()
+    ours, _ = pair.open()
     ours.write(b"." * 128 * KIB)
     pair.pump()
-    return pair, ours, theirs
+    return pair, ours
 
 
 def payloads(data):
@@ -124,7 +124,7 @@ def payloads(data):
 
 @pytest.mark.parametrize("queued", [1, 2, 3, 4, 5, 9])
 def test_bulk_that_is_alone_goes_in_full_frames_and_nothing_is_left_behind(queued):
-    pair, ours, _ = full_batch()
+    pair, ours = bulky()
     mux = pair.client.mux
     ours.write(bytes(queued * PAYLOAD))
     ours.finish()
@@ -141,7 +141,7 @@ def test_bulk_that_is_alone_goes_in_full_frames_and_nothing_is_left_behind(queue
 
 
 def test_a_batch_that_takes_all_there_was_needs_no_other():
-    pair, ours, _ = full_batch()
+    pair, ours = bulky()
     mux = pair.client.mux
     ours.write(bytes(4 * PAYLOAD))
     assert len(mux.data_to_send(pair.now)) == 256 * KIB
@@ -154,7 +154,7 @@ def test_a_batch_that_takes_all_there_was_needs_no_other():
 
 @pytest.mark.parametrize("spare", [-1, 0, 1, 1023, 1024, 4096, PAYLOAD - 1, PAYLOAD, PAYLOAD + 1])
 def test_bulk_that_is_alone_keeps_to_its_credit(spare):
-    pair, ours, _ = full_batch()
+    pair, ours = bulky()
     mux = pair.client.mux
     window = ours.send_window
     window.limit = window.sent + 2 * PAYLOAD + spare
@@ -166,7 +166,7 @@ def test_bulk_that_is_alone_keeps_to_its_credit(spare):
 
 
 def test_bulk_that_is_alone_keeps_to_what_may_be_in_flight():
-    pair, ours, _ = full_batch()
+    pair, ours = bulky()
     mux = pair.client.mux
     cap = mux.flight.cap(pair.now)
     mux.flight.in_flight = mux.flight.sequenced = cap - PAYLOAD - 1
@@ -177,7 +177,7 @@ def test_bulk_that_is_alone_keeps_to_what_may_be_in_flight():
 @pytest.mark.parametrize("queued", [2, 3, 4, 6])
 def test_bulk_that_is_alone_says_when_there_is_room(queued):
     """Though the frame that makes the room is not the last that goes."""
-    pair, ours, _ = full_batch()
+    pair, ours = bulky()
     mux = pair.client.mux
     mux.flight.in_flight = mux.flight.sequenced = mux.flight.cap(pair.now) - (queued - 1) * PAYLOAD
     ours.write(bytes(queued * PAYLOAD))
