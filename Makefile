@@ -8,6 +8,8 @@ SECONDS ?= 180
 PEERS ?=
 COLUMNS ?=
 REPEATS ?= 3
+# Another tree of konnektor that is measured beside this one: make compiled bench AGAINST=build/compiled
+AGAINST ?=
 # What is profiled, all of it by default: make profile CASES=up,requests
 CASES ?=
 CUTS ?= 200
@@ -57,7 +59,7 @@ test-compiled: build/compiled/.ready ## run the tests on build/compiled/
 	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
 
 bench: .venv/.ready-bench ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
-	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
+	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' $(if $(AGAINST),--against='$(AGAINST)') --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
 
 bench-quick: .venv/.ready-bench ## measure bulk and requests beside OpenSSH and yamux (two minutes)
 	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
