@@ -24,6 +24,7 @@ from typing import Any
 
 import uvloop
 
+from bench.processes import interruptible
 from bench.soak import Tunnel, heal, settled
 from konnektor.testing import FaultProxy
 
@@ -359,6 +360,7 @@ def report(outcome: Outcome) -> None:
         print(f"  memory     {name}: {first:.0f} MB at first, {most:.0f} MB at most")
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.faults", description=__doc__)
     parser.add_argument("--cuts", type=int, default=200)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import konnektor as kk
+from bench.processes import interruptible
 from konnektor import pki, runtime
 
 QUESTION = bytes(64)
@@ -309,6 +310,7 @@ def table(results: dict[str, dict[str, list[float]]], chosen: list[Case], first:
     return lines
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.isolation", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5, help="of each case, after the load has settled; below 20")

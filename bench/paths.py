@@ -26,6 +26,7 @@ from typing import NamedTuple, cast
 
 import konnektor as kk
 from bench.link import queue
+from bench.processes import interruptible
 from konnektor import pki, runtime
 from konnektor.frames import Feature
 from konnektor.handlers import Handlers
@@ -232,6 +233,7 @@ def show(values: list[float], digits: int = 0) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.paths", description=__doc__)
     parser.add_argument("--round-trips", default="1,10,50,200", help="milliseconds")

@@ -31,7 +31,7 @@ from bench.columns.beside import BESIDE
 from bench.columns.tools import Failed
 from bench.peers import Konnektor, Peer
 from bench.peers.peer import SIDES, said
-from bench.processes import raise_descriptor_limit, user_and_system
+from bench.processes import interruptible, raise_descriptor_limit, user_and_system
 from bench.report.flames import draw
 from bench.results import Machine
 from bench.stacks import Group, Stacks, grouped, parse, weighed
@@ -198,6 +198,7 @@ def _run(names: Iterable[str], seconds: float, svg: Path) -> Iterator[str]:
             yield from table(found)
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profiles", description=__doc__)
     parser.add_argument("--cases", metavar="NAMES", help=f"with commas: {', '.join(CASES)} (all)")

@@ -27,7 +27,7 @@ import uvloop
 
 from bench.peers.konnektor import Konnektor
 from bench.peers.peer import CONTROL_PLANE, SIDES
-from bench.processes import free_port, wait_for_port
+from bench.processes import free_port, interruptible, wait_for_port
 from konnektor.testing import FaultProxy
 
 PATIENCE = 60
@@ -378,6 +378,7 @@ async def measure(seconds: float, directory: Path, *, faults: bool) -> list[str]
         return await soak(tunnel, proxies[0] if faults else None, rows, seconds)
 
 
+@interruptible()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=180)

@@ -12,6 +12,7 @@ from bench.peers.konnectivity import Konnectivity
 from bench.peers.konnektor import Konnektor
 from bench.peers.openssh import OpenSSH, OpenSSHReverse
 from bench.peers.peer import Peer
+from bench.peers.sketch import Sketch
 from bench.peers.smux import Smux
 from bench.peers.yamux import Yamux
 
@@ -20,7 +21,8 @@ __all__ = ["PEERS", "Konnektor", "Peer"]
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
-        Konnektor, OpenSSH, OpenSSHReverse, Yamux, Smux, Konnectivity, Chisel, Frp, AsyncSSH, HAProxy, Bare, Direct
+        Konnektor, OpenSSH, OpenSSHReverse, Yamux, Smux, Konnectivity, Chisel, Frp, AsyncSSH, HAProxy, Bare,
+        Sketch, Direct
     )
 }  # fmt: skip
 """By name, konnektor first: it is always measured."""

@@ -1,6 +1,7 @@
 """The command line: what it refuses, and a real run."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,24 @@ def test_a_run_that_is_ended_leaves_no_process_behind():
         _, told = bench.communicate(timeout=50)
     assert "interrupted" in told
     assert not members(bench.pid)
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_isolation_that_is_ended_leaves_no_process_behind(signal_name):
+    command = [sys.executable, "-m", "bench.isolation", "--seconds=19", "--repeats=1", "--only=a peer that never reads"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as measuring:
+        while len(members(measuring.pid)) < 5 and measuring.poll() is None:  # itself, its tracker, and three ends
+            time.sleep(0.1)
+        measuring.send_signal(getattr(signal, signal_name))
+        _, told = measuring.communicate(timeout=50)
+    assert measuring.returncode == 130 and told == "interrupted\n"
+    for _ in range(50):  # multiprocessing's tracker goes by itself once nobody is left
+        if not members(measuring.pid):
+            break
+        time.sleep(0.1)
+    assert not members(measuring.pid)
 
 
 def members(session):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers import PEERS, Konnektor, asyncssh, bare, chisel, go, haproxy, openssh, peer
+from bench.peers import PEERS, Konnektor, asyncssh, bare, chisel, go, haproxy, openssh, peer, sketch
 from bench.peers.go import GoPeer
 from bench.peers.konnektor import of_tree
 from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Link, Unusable
@@ -29,6 +29,7 @@ def started(tmp_path, monkeypatch):
         chisel,
         haproxy,
         bare,
+        sketch,
         asyncssh,
         sys.modules["bench.peers.konnectivity"],
         sys.modules["bench.peers.frp"],
