@@ -147,6 +147,14 @@ class Flight:
         self.sequenced += size
         self._sizes.append(size)
 
+    def on_frames(self, sizes: list[int]) -> None:
+        """Sequenced frames of these sizes went out."""
+        size = sum(sizes)
+        self.sent += len(sizes)
+        self.in_flight += size
+        self.sequenced += size
+        self._sizes.extend(sizes)
+
     def on_run(self, size: int, count: int) -> None:
         """``count`` sequenced frames of ``size`` bytes each went out."""
         self.sent += count

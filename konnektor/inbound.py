@@ -117,7 +117,11 @@ class Inbound:
                 # The short way, for what is nearly everything: sound DATA of a live stream.
                 if stop > end:
                     break
-                self._data(stream, flags, view[body:stop], length)
+                if not flags and stream.receiving is RECEIVING_OPEN:
+                    stream.receive_window.receive(length)
+                    stream.sink.data_received(view[body:stop])
+                else:
+                    self._data(stream, flags, view[body:stop], length)
             else:
                 check_header(kind, flags, length, stream_id, max_frame)
                 if not mux.hello_received:

@@ -269,7 +269,14 @@ class MuxStream(Flow):
             self._queue.append(data)
         self.queued += len(data)
         if not self.place:
-            self._mux.activate(self)
+            window, mux = self.send_window, self._mux
+            if window.limit - window.sent >= self.queued and self.accept_tlvs is None and self.sending is SENDING_OPEN:
+                # It has to send, and may: no need to ask.
+                mux.scheduler.add(self)
+                if not mux.awake:
+                    mux.wake()
+            else:
+                mux.activate(self)
 
     def _check_sendable(self) -> None:
         if self.sending is SENDING_UNDECIDED:
@@ -475,6 +482,28 @@ class MuxStream(Flow):
                 if not queue:
                     self._queue = None
         self._head = head
+
+    def take_whole(self, most: int) -> Buffer | None:
+        """All that is queued, if that is at most one chunk of ``most`` bytes and may be sent at once: empty before a FIN alone.
+
+        None if not: then nothing was taken.
+        """
+        count = self.queued
+        window = self.send_window
+        if (
+            count > most
+            or self._queue is not None
+            or window.limit - window.sent < count
+            or self.datagrams is not None
+            or not (self.sending is SENDING_FINISHING or (count and self.sending is SENDING_OPEN))
+        ):
+            return None
+        if not count:
+            return b""
+        head, self._head = self._head, None
+        self.queued = 0
+        window.sent += count
+        return head
 
     def has_room(self) -> None:
         """The queue has come down to where ``want_room`` asked to be told."""

@@ -69,20 +69,21 @@ class Scheduler:
 
     Attributes:
         active: how many there are.
+        fresh, waiting: the two queues, to look at.
     """
 
-    __slots__ = ("_fresh", "_run", "_waiting", "active")
+    __slots__ = ("_run", "active", "fresh", "waiting")
 
     def __init__(self) -> None:
-        self._fresh: deque[Flow] = deque()
-        self._waiting: deque[Flow] = deque()
+        self.fresh: deque[Flow] = deque()
+        self.waiting: deque[Flow] = deque()
         self._run = 0
         self.active = 0
 
     @property
     def contended(self) -> bool:
         """Whether streams are waiting behind a fresh one."""
-        return bool(self._fresh) and bool(self._waiting)
+        return bool(self.fresh) and bool(self.waiting)
 
     def add(self, flow: Flow) -> None:
         """The flow has something to send; nothing happens if that was known."""
@@ -92,10 +93,10 @@ class Scheduler:
         flow.deficit = SHARES[flow.priority] * flow.weight * QUANTUM
         if flow.spent < BUCKET:
             flow.place = FRESH
-            self._fresh.append(flow)
+            self.fresh.append(flow)
         else:
             flow.place = WAITING
-            self._waiting.append(flow)
+            self.waiting.append(flow)
 
     def next(self, *, fresh_only: bool = False) -> Flow | None:
         """Whose turn it is. The same one again until ``charge`` or ``remove`` moves it.
@@ -103,9 +104,9 @@ class Scheduler:
         Args:
             fresh_only: pass the waiting ones over: the connection is full enough for bulk.
         """
-        waiting = self._waiting
-        if self._fresh and (fresh_only or self._run < FRESH_RUN or not waiting):
-            return self._fresh[0]
+        waiting = self.waiting
+        if self.fresh and (fresh_only or self._run < FRESH_RUN or not waiting):
+            return self.fresh[0]
         if fresh_only or not waiting:
             return None
         flow = waiting[0]
@@ -121,9 +122,9 @@ class Scheduler:
         self._run = self._run + size if flow.place == FRESH else 0
         flow.deficit -= size
         if flow.place == FRESH and (flow.deficit <= 0 or flow.spent >= BUCKET):
-            self._fresh.popleft()
+            self.fresh.popleft()
             flow.place = WAITING
-            self._waiting.append(flow)
+            self.waiting.append(flow)
 
     def charge_alone(self, flow: Flow, size: int, now: float) -> None:
         """The flow that ``next`` named, a waiting one, sent ``size`` bytes and has more, and no other has anything.
@@ -135,13 +136,16 @@ class Scheduler:
 
     def finish(self, flow: Flow, size: int, now: float) -> None:
         """The flow that ``next`` named sent ``size`` bytes (0: it was reset) and has no more for now."""
-        self._spend(flow, size, now)
+        # As ``_spend``, without a call more: this runs for every small message.
+        spent = flow.spent - (now - flow.spent_at) * REFILL
+        flow.spent = spent + size if spent > 0 else float(size)
+        flow.spent_at = now
         if flow.place == FRESH:
             self._run += size
-            self._fresh.popleft()
+            self.fresh.popleft()
         else:
             self._run = 0
-            self._waiting.popleft()
+            self.waiting.popleft()
         flow.place = IDLE
         self.active -= 1
 
