@@ -19,6 +19,10 @@ class Bulk(Column):
     def __init__(self, name: str, about: str, *args: str) -> None:
         self.name, self.about, self.args = name, about, args
 
+    def unfit(self, peer: type[Peer]) -> str | None:
+        stops = "--bidir" in self.args and not peer.both_ways
+        return "full in both directions at once it stops for good" if stops else None
+
     def cost(self, seconds: float) -> float:
         return whole(seconds) + 0.7
 

@@ -71,6 +71,7 @@ class Peer(ABC):
         needs: programs without which it cannot be started, and what to say of them.
         most_streams: that it can have open at once here.
         dials_many: ``dial_many`` works.
+        both_ways: goes on when it is full in both directions at once.
 
     Raises:
         Exception: it could not be started; whatever was is stopped.
@@ -82,6 +83,7 @@ class Peer(ABC):
     needs: ClassVar[Mapping[str, str]] = {}
     most_streams: ClassVar[int] = 10_000
     dials_many: ClassVar[bool] = False
+    both_ways: ClassVar[bool] = True
 
     def __init__(
         self, targets: Mapping[str, int], directory: Path, *, link: Link | None = None, streams: int = 1000

@@ -17,6 +17,7 @@ class Sketch(Peer):
     name = "sketch"
     tuned = "as bare, but all over one connection in frames; no credit, no fairness, no limits, no resumption, nothing checked"
     reference = True
+    both_ways = False  # each end waits for the other to read
 
     @classmethod
     def version(cls) -> str:

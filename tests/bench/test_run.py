@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 
 from bench import run
-from bench.columns import Column, Figure
+from bench.columns import COLUMNS, Column, Figure
 from bench.columns.streams import Streams
 from bench.columns.tools import Failed
 from bench.columns.workers import Workers, connected
@@ -118,6 +118,8 @@ def test_the_time_of_a_run_is_that_of_what_is_measured():
 def test_who_lacks_a_figure():
     assert Streams().unfit(PEERS["haproxy"]) and not Streams().unfit(PEERS["yamux"])
     assert Workers().unfit(PEERS["openssh"]) and not Workers().unfit(PEERS["konnektor"])
+    assert COLUMNS["both8"].unfit(PEERS["sketch"]) and not COLUMNS["both8"].unfit(PEERS["konnektor"])
+    assert not COLUMNS["up8"].unfit(PEERS["sketch"])
 
 
 @pytest.mark.parametrize(
