@@ -440,7 +440,7 @@ class Outbound:
             most: of the batch, exceeded by one message at most.
         """
         mux = self._mux
-        scheduler = mux.scheduler
+        scheduler, flight = mux.scheduler, mux.flight
         fresh, waiting = scheduler.fresh, scheduler.waiting
         sizes: list[int] = []
         while fresh and not waiting and size < most:
@@ -458,12 +458,17 @@ class Outbound:
             sizes.append(frame_size)
             size += frame_size
             scheduler.finish(stream, frame_size, now)
+            if not last and not stream.room_wanted:
+                continue
+            # Sinks are called: they find everything counted.
+            flight.on_frames(sizes)
+            sizes.clear()
             if last:
                 stream.move_sending(EVENT_SENT_END)
                 mux.settle(stream)
             if stream.room_wanted:
                 stream.has_room()
-        mux.flight.on_frames(sizes)
+        flight.on_frames(sizes)
         return size
 
     def _bulk(self, stream: MuxStream, count: int, limit: int, most: int, parts: list[Buffer], now: float) -> int:
