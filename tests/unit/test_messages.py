@@ -2,10 +2,11 @@
 
 import pytest
 
-from konnektor.frames import Data, Datagram, scan
-from konnektor.limits import KIB, Limits
+from konnektor.frames import Accept, Data, Datagram, scan
+from konnektor.limits import KIB, MIB, Limits
 from konnektor.scheduler import BUCKET, FRESH, WAITING
 from tests.pair import Pair
+from tests.unit.test_mux_flow import payloads
 
 SIZE = 4000
 FRAME = SIZE + 8
@@ -109,3 +110,99 @@ def test_who_sends_many_is_bulky_in_the_end():
         mux.data_to_send(pair.now)
         mux.flight.in_flight = 0  # all of it has arrived
         stream.write(bytes(SIZE))
+
+
+def talkers(count, size=0):
+    """A pair, its client's mux, and so many of the client's streams, each with so much to say."""
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    streams = [pair.open()[0] for _ in range(count)]
+    for stream in streams:
+        stream.write(bytes(size))
+    return pair, pair.client.mux, streams
+
+
+@pytest.mark.parametrize("batch", [1, 107, 108, 109, 216, 217])
+def test_small_messages_end_a_batch_that_is_full(batch):
+    pair, mux, _ = talkers(4, 100)
+    assert payloads(mux.data_to_send(pair.now, batch)) == [(100, 0)] * -(-batch // 108)
+    assert mux.awake
+
+
+@pytest.mark.parametrize("room", [-108, -1, 0, 1, 108, 109])
+def test_small_messages_that_pass_the_cap_are_counted(room):
+    pair, mux, _ = talkers(4, 100)
+    mux.flight.in_flight = mux.flight.sequenced = mux.flight.cap(pair.now) - room
+    assert len(payloads(mux.data_to_send(pair.now))) == 4
+    assert mux.outbound._passed == (4 - max(0, -(-room // 108))) * 108
+
+
+def test_what_waits_for_credit_does_not_say_so_again_for_what_would_fit_by_itself():
+    pair, mux, (ours,) = talkers(1)
+    ours.send_window.limit = ours.send_window.sent + 500
+    ours.write(bytes(501))
+    assert payloads(mux.data_to_send(pair.now)) == [(0, 2)]
+    ours.write(b"x")
+    assert not mux.awake and mux.data_to_send(pair.now) == b""
+
+
+@pytest.mark.parametrize("size", [4096, 4097, 16 * KIB])
+def test_on_a_slow_path_only_what_fits_the_least_frame_goes_whole(size):
+    pair, mux, _ = talkers(1, size)
+    mux.flight._rates[-1] = mux.flight.rate = 1000.0  # bytes a second
+    assert max(payloads(mux.data_to_send(pair.now))) == (4096, 0)
+
+
+def test_small_messages_are_booked_one_by_one_with_their_headers():
+    pair, mux, streams = talkers(3)
+    pair.sleep(1)
+    for size, stream in enumerate(streams, 100):
+        stream.write(bytes(size))
+    mux.data_to_send(pair.now)
+    assert list(mux.flight._sizes) == [stream.spent for stream in streams] == [108, 109, 110]
+
+
+def test_a_bulky_stream_that_comes_up_between_small_messages_gives_way():
+    """The sink of the first message brings it: the second has company."""
+    pair, mux, (first, second, bulk) = talkers(3)
+    first.sink.on["writable"] = lambda _: bulk.write(bytes(300 * KIB))
+    bulk.spent, bulk.spent_at = 1e9, pair.now
+    for again in (False, True):
+        first.write(b"1")
+        first.want_room()
+        second.write(b"2")
+        mux.data_to_send(pair.now)
+        assert bulk.hurried == again
+        mux.flight.in_flight = 0  # all of it has arrived
+
+
+def test_the_last_message_makes_room_as_any_other():
+    pair, mux, (ours,) = talkers(1, 1)
+    ours.want_room()
+    ours.finish()
+    assert payloads(mux.data_to_send(pair.now)) == [(1, 1)]
+    assert ours.sink.kinds == ["accepted", "writable"]
+
+
+def test_no_message_overtakes_its_accept():
+    """Where there is more control than goes into one batch."""
+    pair = Pair()
+    for _ in range(4):
+        pair.client.open()
+    pair.pump()
+    for stream in pair.server.opened:
+        stream.accept(b"h" * 100)
+        stream.write(b"x")
+    batches = b"".join(pair.server.mux.data_to_send(pair.now, 128) for _ in range(9))
+    seen = [(frame.stream, type(frame)) for frame, _ in scan(batches) if isinstance(frame, Accept | Data)]
+    assert sorted(seen, key=lambda each: each[0]) == [(n, kind) for n in (1, 3, 5, 7) for kind in (Accept, Data)]
+
+
+def test_bytes_for_a_stream_whose_open_waits_wake_nobody():
+    pair = Pair()
+    for _ in range(8):
+        pair.open()
+    waiting = pair.client.open()
+    pair.pump()
+    assert not waiting.id
+    waiting.write(b"x")
+    assert not pair.client.mux.awake and not pair.client.mux.scheduler.active

@@ -147,3 +147,17 @@ def test_nobody_waits_for_ever(kinds, steps):
         else:
             scheduler.finish(flow, size, 0.0)
         assert scheduler.active == sum(f.place != IDLE for f in flows)
+
+
+def test_a_waiting_stream_that_ends_its_turn_lets_fresh_ones_ahead_again():
+    scheduler = Scheduler()
+    bulk, other, *small = flows = [Flow(1) for _ in range(3 + FRESH_RUN // 4096)]
+    bulk.spent = other.spent = BUCKET
+    for flow in flows:
+        scheduler.add(flow)
+    for flow in small[:-1]:
+        assert scheduler.next() is flow
+        scheduler.finish(flow, 4096, 0.0)
+    assert scheduler.next() is bulk
+    scheduler.finish(bulk, 10, 0.0)
+    assert scheduler.next() is small[-1]
