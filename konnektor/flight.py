@@ -155,13 +155,6 @@ class Flight:
         self.sequenced += size
         self._sizes.extend(sizes)
 
-    def on_run(self, size: int, count: int) -> None:
-        """``count`` sequenced frames of ``size`` bytes each went out."""
-        self.sent += count
-        self.in_flight += size * count
-        self.sequenced += size * count
-        self._sizes.extend([size] * count)
-
     def on_datagram(self, size: int) -> None:
         """One datagram of ``size`` bytes, header included, went out."""
         self.in_flight += size

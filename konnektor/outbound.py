@@ -486,7 +486,7 @@ class Outbound:
             parts.append(header)
             stream.take(limit, parts)
         stream.send_window.sent += frames * limit
-        self._mux.flight.on_run(frame_size, frames)
+        self._mux.flight.on_frames([frame_size] * frames)
         self._passed = 0
         size = frames * frame_size
         self._mux.scheduler.charge_alone(stream, size, now)
