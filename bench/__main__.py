@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from bench.columns import COLUMNS, Column
 from bench.peers import PEERS, Konnektor, Peer
 from bench.peers.go import GoPeer
 from bench.peers.konnektor import of_tree
+from bench.processes import interruptible
 from bench.report.__main__ import write_plots
 from bench.results import Results
 from bench.run import cost, measure, prepare
@@ -23,6 +23,8 @@ __all__ = ["Wrong", "choose", "main"]
 FAMILIES: dict[str, list[str]] = {}
 for _column in COLUMNS.values():
     FAMILIES.setdefault(_column.family, []).append(_column.name)
+
+DEFAULT = [name for name, peer in PEERS.items() if peer.by_default]
 
 
 class Wrong(Exception):
@@ -45,7 +47,8 @@ def choose(text: str, what: str, known: Mapping[str, Iterable[str]]) -> list[str
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    made.add_argument("--peers", metavar="NAMES", help=f"with commas; besides konnektor: {', '.join(PEERS)} (all)")
+    made.add_argument("--peers", metavar="NAMES", help=f"with commas; besides konnektor: {', '.join(PEERS)} "
+                      f"({', '.join(DEFAULT)})")  # fmt: skip
     made.add_argument("--columns", metavar="NAMES", help=f"with commas: {', '.join(FAMILIES)} or a single one of "
                       f"{', '.join(COLUMNS)} (all)")  # fmt: skip
     made.add_argument("--repeats", type=int, default=3)
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_peers(args: argparse.Namespace) -> list[type[Peer]]:
-    names = choose(args.peers, "peer", {name: [name] for name in PEERS}) if args.peers else list(PEERS)
+    names = choose(args.peers, "peer", {name: [name] for name in PEERS}) if args.peers else DEFAULT
     for tree in args.against:
         if not (tree / "konnektor" / "__init__.py").is_file():
             raise Wrong(f"{tree} is no checkout of konnektor")
@@ -76,9 +79,9 @@ def chosen_columns(args: argparse.Namespace) -> list[Column]:
     return [COLUMNS[name] for name in names]
 
 
+@interruptible()
 def main() -> None:
     args = parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process of a peer's is left behind
     try:
         peers, columns = chosen_peers(args), chosen_columns(args)
         if args.repeats < 1 or args.seconds <= 0:

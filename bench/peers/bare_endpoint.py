@@ -9,11 +9,10 @@ import asyncio
 import gc
 import socket
 import ssl
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
-from konnektor import runtime
+from bench.peers.relay import run_end
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.scratch import scratch
 from konnektor.socket_transport import SocketTransport
@@ -126,12 +125,7 @@ async def forward(tasks: Tasks, context: ssl.SSLContext, port: int, host: str, t
     return [Acceptor(sock, accepted) for sock in await bind_tcp("127.0.0.1", port)]
 
 
-async def relay(role: str, ca: str, cert: str, key: str, routes: list[str]) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "worker" else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(ca)
-    context.load_cert_chain(cert, key)
+async def relay(role: str, context: ssl.SSLContext, routes: list[str]) -> None:
     tasks = Tasks()
     kept = []
     for route in routes:
@@ -142,10 +136,5 @@ async def relay(role: str, ca: str, cert: str, key: str, routes: list[str]) -> N
     await asyncio.Event().wait()
 
 
-def main() -> None:
-    role, ca, cert, key, *routes = sys.argv[1:]
-    runtime.run(relay(role, ca, cert, key, routes))
-
-
 if __name__ == "__main__":
-    main()
+    run_end(relay)

@@ -68,6 +68,7 @@ class Peer(ABC):
         name: as given to ``--peers``.
         tuned: how, in a sentence or two for the documents.
         reference: shown beside the others, but not one to be compared with: it does another job.
+        by_default: measured also when no peers are named.
         needs: programs without which it cannot be started, and what to say of them.
         most_streams: that it can have open at once here.
         dials_many: ``dial_many`` works.
@@ -80,6 +81,7 @@ class Peer(ABC):
     name: ClassVar[str]
     tuned: ClassVar[str]
     reference: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
     needs: ClassVar[Mapping[str, str]] = {}
     most_streams: ClassVar[int] = 10_000
     dials_many: ClassVar[bool] = False

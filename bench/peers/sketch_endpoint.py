@@ -1,4 +1,7 @@
-"""One end of the sketch: ``python -m bench.peers.sketch_endpoint control-plane|worker CA CERT KEY PORT=HOST:PORT ...``.
+"""One end of the sketch: ``python -m bench.peers.sketch_endpoint control-plane|worker CA CERT KEY TUNNEL OTHERS``.
+
+The worker's TUNNEL is a port to listen on, and OTHERS are the targets, HOST:PORT; the control plane's is the worker's HOST:PORT,
+and OTHERS are ports to listen on, in the order of the targets.
 
 Frames with a header of eight bytes over one TLS connection, and one write for each turn of the loop. A stream that nobody
 reads stops all of them, nothing is fair, bounded or sent again, and whatever the peer says is believed.
@@ -7,13 +10,13 @@ reads stops all of them, nothing is fair, bounded or sent again, and whatever th
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
 import struct
-import sys
 from typing import Any
 
-from konnektor import runtime
+from bench.peers.relay import run_end
 from konnektor.listening import Acceptor, bind_tcp
 from konnektor.scratch import scratch
 from konnektor.socket_transport import SocketTransport
@@ -162,43 +165,39 @@ class Local(asyncio.Protocol):
             self._tunnel.frame(self._stream, RESET)
 
 
-async def relay(role: str, ca: str, cert: str, key: str, routes: list[str]) -> None:
-    worker = role == "worker"
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if worker else ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(ca)
-    context.load_cert_chain(cert, key)
-    loop = asyncio.get_running_loop()
-    parsed = [(int(port), address.rpartition(":")) for port, _, address in (route.partition("=") for route in routes)]
-    targets = [(host, int(target)) for _, (host, _, target) in parsed]
-    acceptors = []
-    if worker:
-        # All routes have the port of the tunnel.
-        await loop.create_server(lambda: Tunnel(targets), "127.0.0.1", parsed[0][0], ssl=context)
-    else:
-        # The last route is the tunnel itself.
-        (host, port) = targets.pop()
-        _, tunnel = await loop.create_connection(lambda: Tunnel([]), host, port, ssl=context, server_hostname="cp")
-
-        def accept(number: int, sock: socket.socket) -> None:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            tunnel.streams += 1
-            tunnel.frame(tunnel.streams, OPEN, bytes([number]))
-            tunnel.add(tunnel.streams, sock)
-
-        for number, (local, _) in enumerate(parsed[:-1]):
-            acceptors += [
-                Acceptor(sock, lambda sock, _address, number=number: accept(number, sock))
-                for sock in await bind_tcp("127.0.0.1", local)
-            ]
+async def relay(role: str, context: ssl.SSLContext, args: list[str]) -> None:
+    tunnel, *others = args
+    _kept = await (serve if role == "worker" else forward)(context, tunnel, others)
+    gc.freeze()
     await asyncio.Event().wait()
 
 
-def main() -> None:
-    role, ca, cert, key, *routes = sys.argv[1:]
-    runtime.run(relay(role, ca, cert, key, routes))
+async def serve(context: ssl.SSLContext, port: str, targets: list[str]) -> list[Acceptor]:
+    """The worker: a stream goes to the target whose number its OPEN says."""
+    parsed = [(host, int(target)) for host, _, target in (address.rpartition(":") for address in targets)]
+    await asyncio.get_running_loop().create_server(lambda: Tunnel(parsed), "127.0.0.1", int(port), ssl=context)
+    return []
+
+
+async def forward(context: ssl.SSLContext, address: str, ports: list[str]) -> list[Acceptor]:
+    """The control plane: each client is a stream."""
+    host, _, port = address.rpartition(":")
+    _, tunnel = await asyncio.get_running_loop().create_connection(
+        lambda: Tunnel([]), host, int(port), ssl=context, server_hostname="cp"
+    )
+
+    def accept(number: int, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tunnel.streams += 1
+        tunnel.frame(tunnel.streams, OPEN, bytes([number]))
+        tunnel.add(tunnel.streams, sock)
+
+    return [
+        Acceptor(sock, lambda sock, _address, number=number: accept(number, sock))
+        for number, local in enumerate(ports)
+        for sock in await bind_tcp("127.0.0.1", int(local))
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    run_end(relay)

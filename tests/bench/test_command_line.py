@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import DEFAULT
+from bench.peers import PEERS
 from bench.results import Results
 from tests.tools import needs
 
@@ -31,6 +33,10 @@ def test_bad_arguments_get_one_sentence(args, sentence):
     done = run_bench(*args)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+
+
+def test_who_is_measured_without_being_named():
+    assert set(PEERS) - set(DEFAULT) == {"sketch"}
 
 
 def test_a_run_that_is_ended_leaves_no_process_behind():
