@@ -12,13 +12,13 @@ SIZE = 4000
 FRAME = SIZE + 8
 
 
-def messages(count):
-    """A pair whose client has so many streams open, each with a message that waits."""
-    pair = Pair(Limits())
+def messages(count, size=SIZE):
+    """A pair, its client's mux, and so many of the client's streams, each with a message that waits."""
+    pair = Pair(Limits(initial_window=MIB, initial_streams=32))
     streams = [pair.open()[0] for _ in range(count)]
     pair.sleep(1)
     for stream in streams:
-        stream.write(bytes(SIZE))
+        stream.write(bytes(size))
     return pair, pair.client.mux, streams
 
 
@@ -112,32 +112,23 @@ def test_who_sends_many_is_bulky_in_the_end():
         stream.write(bytes(SIZE))
 
 
-def talkers(count, size=0):
-    """A pair, its client's mux, and so many of the client's streams, each with so much to say."""
-    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
-    streams = [pair.open()[0] for _ in range(count)]
-    for stream in streams:
-        stream.write(bytes(size))
-    return pair, pair.client.mux, streams
-
-
 @pytest.mark.parametrize("batch", [1, 107, 108, 109, 216, 217])
 def test_small_messages_end_a_batch_that_is_full(batch):
-    pair, mux, _ = talkers(4, 100)
+    pair, mux, _ = messages(4, 100)
     assert payloads(mux.data_to_send(pair.now, batch)) == [(100, 0)] * -(-batch // 108)
     assert mux.awake
 
 
 @pytest.mark.parametrize("room", [-108, -1, 0, 1, 108, 109])
 def test_small_messages_that_pass_the_cap_are_counted(room):
-    pair, mux, _ = talkers(4, 100)
+    pair, mux, _ = messages(4, 100)
     mux.flight.in_flight = mux.flight.sequenced = mux.flight.cap(pair.now) - room
     assert len(payloads(mux.data_to_send(pair.now))) == 4
     assert mux.outbound._passed == (4 - max(0, -(-room // 108))) * 108
 
 
 def test_what_waits_for_credit_does_not_say_so_again_for_what_would_fit_by_itself():
-    pair, mux, (ours,) = talkers(1)
+    pair, mux, (ours,) = messages(1, 0)
     ours.send_window.limit = ours.send_window.sent + 500
     ours.write(bytes(501))
     assert payloads(mux.data_to_send(pair.now)) == [(0, 2)]
@@ -147,13 +138,13 @@ def test_what_waits_for_credit_does_not_say_so_again_for_what_would_fit_by_itsel
 
 @pytest.mark.parametrize("size", [4096, 4097, 16 * KIB])
 def test_on_a_slow_path_only_what_fits_the_least_frame_goes_whole(size):
-    pair, mux, _ = talkers(1, size)
+    pair, mux, _ = messages(1, size)
     mux.flight._rates[-1] = mux.flight.rate = 1000.0  # bytes a second
     assert max(payloads(mux.data_to_send(pair.now))) == (4096, 0)
 
 
 def test_small_messages_are_booked_one_by_one_with_their_headers():
-    pair, mux, streams = talkers(3)
+    pair, mux, streams = messages(3, 0)
     pair.sleep(1)
     for size, stream in enumerate(streams, 100):
         stream.write(bytes(size))
@@ -163,7 +154,7 @@ def test_small_messages_are_booked_one_by_one_with_their_headers():
 
 def test_a_bulky_stream_that_comes_up_between_small_messages_gives_way():
     """The sink of the first message brings it: the second has company."""
-    pair, mux, (first, second, bulk) = talkers(3)
+    pair, mux, (first, second, bulk) = messages(3, 0)
     first.sink.on["writable"] = lambda _: bulk.write(bytes(300 * KIB))
     bulk.spent, bulk.spent_at = 1e9, pair.now
     for again in (False, True):
@@ -176,7 +167,7 @@ def test_a_bulky_stream_that_comes_up_between_small_messages_gives_way():
 
 
 def test_the_last_message_makes_room_as_any_other():
-    pair, mux, (ours,) = talkers(1, 1)
+    pair, mux, (ours,) = messages(1, 1)
     ours.want_room()
     ours.finish()
     assert payloads(mux.data_to_send(pair.now)) == [(1, 1)]
