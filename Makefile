@@ -8,8 +8,11 @@ SECONDS ?= 180
 PEERS ?=
 COLUMNS ?=
 REPEATS ?= 3
-# Another tree of konnektor that is measured beside this one: make compiled bench AGAINST=build/compiled
+# Another tree of konnektor that is measured beside this one: make bench AGAINST=before=../before
 AGAINST ?=
+# What is measured is what a wheel has, compiled, where there is a compiler.
+COMPILED := $(if $(shell command -v cc),build/compiled/.ready)
+OURS := $(if $(COMPILED),--konnektor=build/compiled --against=pure=.)
 # What is profiled, all of it by default: make profile CASES=up,requests
 CASES ?=
 CUTS ?= 200
@@ -53,16 +56,16 @@ fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECON
 		$(BIN)/python -m fuzz run $$target --seconds $(FUZZ_SECONDS) || { echo "Found something. To see it again: $(BIN)/python -m fuzz replay build/fuzz/$$target/crashes/*" >&2; exit 1; }; \
 	done
 
-compiled: build/compiled/.ready ## build/compiled/: this tree with its hot modules compiled by mypyc (needs a C compiler)
+compiled: build/compiled/.ready ## build/compiled/: this tree as a wheel has it, its hot modules compiled (needs a C compiler)
 
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/
-	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs -m 'not slow'
+	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs --ignore=tests/packaging -m 'not slow'
 
-bench: .venv/.ready-bench ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
-	@$(BIN)/python -m bench --peers='$(PEERS)' --columns='$(COLUMNS)' $(if $(AGAINST),--against='$(AGAINST)') --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
+bench: .venv/.ready-bench $(COMPILED) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
+	@$(BIN)/python -m bench $(OURS) --peers='$(PEERS)' --columns='$(COLUMNS)' $(if $(AGAINST),--against='$(AGAINST)') --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
 
-bench-quick: .venv/.ready-bench ## measure bulk and requests beside OpenSSH and yamux (two minutes)
-	@$(BIN)/python -m bench --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
+bench-quick: .venv/.ready-bench $(COMPILED) ## measure bulk and requests beside OpenSSH and yamux (two minutes)
+	@$(BIN)/python -m bench $(OURS) --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
 
 bench-micro: .venv/.ready-bench ## measure the core alone, in memory
 	@$(BIN)/pytest bench/micro -o addopts=--import-mode=importlib --benchmark-only --benchmark-group-by=func --benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds
@@ -82,20 +85,24 @@ faults: $(READY) ## cut the tunnel's connection CUTS (200) times during a gigaby
 # What more than the tests need: .venv/.ready-bench and .venv/.ready-fuzz, by the extras of that name.
 .venv/.ready-%: $(READY)
 	@echo "Adding what $* needs to .venv (once) ..."
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	@KONNEKTOR_COMPILE=never PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip install --quiet --editable '.[dev,$*]' \
 		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
 	@touch $@
 
-build/compiled/.ready: $(READY) $(shell find konnektor tests bench examples contrib fuzz -type f -not -name '*.pyc')
-	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
-	@rm -rf build/compiled build/wheel build/source
-	@echo "Compiling (about a minute) ..."
-	@mkdir -p build/compiled build/source && cp -r konnektor README.md LICENSE pyproject.toml build/source/
-	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel ./build/source
+build/compiled/.ready: build/wheel/.ready $(shell find tests bench examples contrib fuzz -type f -not -name '*.pyc')
+	@rm -rf build/compiled
+	@mkdir build/compiled
 	@cp -r tests bench examples contrib fuzz README.md pyproject.toml build/compiled/
 	@$(BIN)/python -m zipfile -e build/wheel/*.whl build/compiled
+	@touch $@
+
+build/wheel/.ready: $(READY) hatch_build.py $(shell find konnektor -type f -not -name '*.pyc')
+	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
+	@rm -rf build/wheel
+	@echo "Compiling (about a minute) ..."
+	@KONNEKTOR_COMPILE=always PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@touch $@
 
 clean: ## remove .venv/ and everything built or cached
@@ -112,7 +119,7 @@ $(READY): pyproject.toml constraints.txt | curl
 	@rm -f $@
 	@echo "Setting up .venv (once) ..."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
-	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	@KONNEKTOR_COMPILE=never PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip install --quiet --editable '.[dev]' \
 		|| { echo "The packages of constraints.txt could not be installed: pip says why above." >&2; exit 1; }
 	@touch $@

@@ -53,20 +53,32 @@ def parser() -> argparse.ArgumentParser:
                       f"{', '.join(COLUMNS)} (all)")  # fmt: skip
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--seconds", type=float, default=2, help="of each measurement, whole ones (2)")
-    made.add_argument("--against", metavar="TREE", type=Path, action="append", default=[],
-                      help="another checkout of konnektor, measured beside this one; may be repeated")  # fmt: skip
+    made.add_argument("--konnektor", metavar="TREE", type=Path,
+                      help="what is measured as konnektor: a checkout or a build (this checkout)")  # fmt: skip
+    made.add_argument("--against", metavar="[NAME=]TREE", action="append", default=[],
+                      help="another one that is measured beside it, by the name of its directory; may be repeated")  # fmt: skip
     made.add_argument("--json", metavar="FILE", type=Path, help="write every sample here")
     made.add_argument("--svg", metavar="DIR", type=Path, help="write plots there")
     return made
 
 
+def tree_of(text: str | Path) -> Path:
+    tree = Path(text)
+    if not (tree / "konnektor" / "__init__.py").is_file():
+        raise Wrong(f"{tree} is no checkout of konnektor")
+    return tree
+
+
 def chosen_peers(args: argparse.Namespace) -> list[type[Peer]]:
     names = choose(args.peers, "peer", {name: [name] for name in PEERS}) if args.peers else DEFAULT
-    for tree in args.against:
-        if not (tree / "konnektor" / "__init__.py").is_file():
-            raise Wrong(f"{tree} is no checkout of konnektor")
-    others = [of_tree(tree) for tree in args.against]
-    chosen: list[type[Peer]] = [Konnektor, *others, *(PEERS[name] for name in names if name != Konnektor.name)]
+    ours = Konnektor if args.konnektor is None else of_tree(tree_of(args.konnektor), Konnektor.name)
+    others = []
+    for text in args.against:
+        name, equals, tree = text.rpartition("=")
+        if equals and not name:
+            raise Wrong(f"--against {text} has no name before its '='")
+        others.append(of_tree(tree_of(tree), name))
+    chosen: list[type[Peer]] = [ours, *others, *(PEERS[name] for name in names if name != Konnektor.name)]
     if len({peer.name for peer in chosen}) < len(chosen):
         raise Wrong("two of the trees or peers have the same name")
     return chosen

@@ -13,7 +13,7 @@ class Bare(Relay):
     """As haproxy here: the control plane's side dials the worker's, once for each connection."""
 
     name = "bare"
-    tuned = "uvloop and konnektor's own socket transports and allocator settings, TLS 1.3, and nothing else: no frames, no multiplexing, no limits"
+    tuned = "uvloop and konnektor's own socket transports and allocator settings, TLS 1.3 with AES-128-GCM, and nothing else: no frames, no multiplexing, no limits"
     module = "bench.peers.bare_endpoint"
     most_streams = 9_000  # two descriptors each, of 20,000
 

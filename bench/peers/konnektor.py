@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Peer
+from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Peer, with_cipher
 from konnektor import pki
 
 __all__ = ["Konnektor", "of_tree"]
@@ -20,14 +20,14 @@ class Konnektor(Peer):
     """``konnektor control-plane --forward`` and ``konnektor worker``."""
 
     name = "konnektor"
-    tuned = "the command line's defaults; `--max-streams` where a column opens more than 1,000"
+    tuned = "the command line's defaults, but for AES-128-GCM (by OPENSSL_CONF) and `--max-streams` where a column opens more than 1,000"
     dials_many = True
     env: ClassVar[Mapping[str, str] | None] = None
 
     @classmethod
     def version(cls) -> str:
         command = [sys.executable, "-m", "konnektor", "--version"]
-        return subprocess.check_output(command, text=True, env=cls.env).split()[-1]
+        return subprocess.check_output(command, text=True, env=cls.env).removeprefix("konnektor, version ").strip()
 
     def start(self) -> None:
         files = self.certificates()
@@ -54,7 +54,7 @@ class Konnektor(Peer):
         return ["--max-streams", str(self.streams + 100)] if self.streams > 1000 else []
 
     def _first_line(self, side: str, command: list[str]) -> bytes:
-        process = self.run(side, *command, stdout=subprocess.PIPE, env=self.env)
+        process = self.run(side, *command, stdout=subprocess.PIPE, env=with_cipher(self.env))
         assert process.stdout is not None
         return process.stdout.readline()
 
@@ -69,8 +69,9 @@ class Konnektor(Peer):
         return self.run(None, *command, stdout=subprocess.PIPE, env=self.env or {**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def of_tree(tree: Path) -> type[Konnektor]:
-    """Another checkout of konnektor, under its own name."""
+def of_tree(tree: Path, name: str | None = None) -> type[Konnektor]:
+    """Another checkout of konnektor, or a build; without a name under that of its directory."""
     # Without SAFEPATH the working directory wins, and the same code is measured twice.
     env = {**os.environ, "PYTHONPATH": str(tree.resolve()), "PYTHONSAFEPATH": "1"}
-    return type(tree.name, (Konnektor,), {"name": tree.resolve().name, "env": env})
+    name = name or tree.resolve().name
+    return type(name, (Konnektor,), {"name": name, "env": env})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,18 @@ from typing import ClassVar, Self
 from bench.processes import cpu_seconds, executable, free_port, resident_kb, wait_for_http, wait_for_port
 from konnektor import pki
 
-__all__ = ["CONTROL_PLANE", "ROOT", "SIDES", "WORKER", "Certificates", "Link", "Peer", "Unusable", "said"]
+__all__ = [
+    "CONTROL_PLANE",
+    "ROOT",
+    "SIDES",
+    "WORKER",
+    "Certificates",
+    "Link",
+    "Peer",
+    "Unusable",
+    "said",
+    "with_cipher",
+]
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +37,11 @@ CONTROL_PLANE = "control plane"
 WORKER = "worker"
 """The side that the targets are on."""
 SIDES = (CONTROL_PLANE, WORKER)
+
+
+def with_cipher(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """An environment, by default this process's, in which OpenSSL prefers AES-128-GCM."""
+    return {**(os.environ if env is None else env), "OPENSSL_CONF": str(ROOT / "bench" / "peers" / "openssl.cnf")}
 
 
 class Unusable(Exception):

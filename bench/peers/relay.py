@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import ssl
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, ClassVar
 
-from bench.peers.peer import Peer
+from bench.peers.peer import Peer, with_cipher
 from konnektor import runtime
 
 __all__ = ["Relay", "run_end"]
@@ -27,6 +29,9 @@ class Relay(Peer):
     @classmethod
     def version(cls) -> str:
         return platform.python_version()
+
+    def run(self, side: str | None, *args: str | Path, **kwargs: object) -> subprocess.Popen[bytes]:
+        return super().run(side, *args, **{"env": with_cipher(), **kwargs})
 
     def command(self, role: str, *args: str) -> list[str]:
         files = self.certificates()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import version
 from typing import Any, Final
 
 import click
 
+from konnektor import mux
 from konnektor.cli.control_plane import control_plane
 from konnektor.cli.demo import demo
 from konnektor.cli.hints import explain_usage
@@ -33,9 +35,16 @@ EXIT_STATUS: Final[tuple[tuple[type[KonnektorError], int], ...]] = (
     (HandshakeError, 5),
 )
 
+_COMPILED: Final = isinstance(mux.__loader__, ExtensionFileLoader)
+"""Whether what runs for every frame is machine code (hatch_build.py)."""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(version("konnektor-tunnel"), prog_name="konnektor")
+@click.version_option(
+    version("konnektor-tunnel"),
+    prog_name="konnektor",
+    message=f"%(prog)s, version %(version)s ({'compiled' if _COMPILED else 'not compiled'})",
+)
 def cli() -> None:
     """Many streams over one mutual-TLS connection that the worker dials.
 

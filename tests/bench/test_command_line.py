@@ -27,6 +27,10 @@ def run_bench(*args):
         (["--columns", "bulks"], "'bulks' is no column: choose from bulk, requests,"),
         (["--repeats", "0"], "--repeats and --seconds must be above 0"),
         (["--against", "/nowhere"], "/nowhere is no checkout of konnektor"),
+        (["--against", "other=/nowhere"], "/nowhere is no checkout of konnektor"),
+        (["--against", "=."], "--against =. has no name before its '='"),
+        (["--against", "konnektor=."], "two of the trees or peers have the same name"),
+        (["--konnektor", "/nowhere"], "/nowhere is no checkout of konnektor"),
     ],
 )
 def test_bad_arguments_get_one_sentence(args, sentence):

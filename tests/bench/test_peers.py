@@ -1,14 +1,17 @@
 """What the peers run: their commands and settings, without running them."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench.__main__ import chosen_peers, parser
 from bench.peers import PEERS, Konnektor, asyncssh, bare, chisel, go, haproxy, openssh, peer, sketch
 from bench.peers.go import GoPeer
 from bench.peers.konnektor import of_tree
@@ -123,6 +126,36 @@ def test_another_tree_runs_its_own_code(tmp_path):
     tree = of_tree(tmp_path)
     assert tree.name == tmp_path.name and tree.env["PYTHONPATH"] == str(tmp_path) and tree.env["PYTHONSAFEPATH"] == "1"
     assert Konnektor.env is None
+    assert of_tree(tmp_path, "before").name == "before"
+
+
+def test_the_trees_that_are_measured_have_the_names_they_are_given():
+    args = parser().parse_args(["--konnektor=.", "--against=pure=.", f"--against={ROOT}", "--peers=openssh"])
+    assert [peer.name for peer in chosen_peers(args)] == ["konnektor", "pure", ROOT.name, "openssh"]
+
+
+def test_what_leaves_the_cipher_to_openssl_encrypts_as_the_others():
+    code = "import ssl; print(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).get_ciphers()[0]['name'])"
+    said = subprocess.check_output([sys.executable, "-c", code], env=peer.with_cipher(), text=True)
+    assert said == "TLS_AES_128_GCM_SHA256\n"
+    tree = {"PATH": "/bin", "OPENSSL_CONF": "/nowhere"}
+    assert peer.with_cipher(tree) == {"PATH": "/bin", "OPENSSL_CONF": str(ROOT / "bench" / "peers" / "openssl.cnf")}
+
+
+def test_konnektor_and_the_relays_prefer_that_cipher(tmp_path, monkeypatch):
+    environments = []
+    monkeypatch.setattr(peer.Peer, "wait_until_ready", lambda _: None)
+    for module in (bare, sketch):
+        monkeypatch.setattr(module, "wait_for_port", lambda _: None)
+
+    def run(self, side, *args, **options):
+        environments.append(options["env"]["OPENSSL_CONF"])
+        return SimpleNamespace(stdout=io.BytesIO(b"ready tunnel=127.0.0.1:1\n"))
+
+    monkeypatch.setattr(peer.Peer, "run", run)
+    for kind in (Konnektor, of_tree(ROOT, "other"), bare.Bare, sketch.Sketch):
+        kind(TARGETS, tmp_path)
+    assert len(environments) == 8 and set(environments) == {str(ROOT / "bench" / "peers" / "openssl.cnf")}
 
 
 def test_haproxy_verifies_at_both_ends(started):

@@ -147,7 +147,7 @@ def test_no_command(run):
 
 def test_version(run):
     code, out, _ = run("--version")
-    assert code == 0 and out.startswith("konnektor, version ")
+    assert code == 0 and re.fullmatch(r"konnektor, version \S+ \((not )?compiled\)\n", out)
 
 
 # What does not: usage and configuration, status 2
