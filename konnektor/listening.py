@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
+from konnektor.poller import poller_of
 from konnektor.resolver import Resolver
 
 __all__ = ["Acceptor", "bind_tcp", "bind_udp", "bind_unix", "bound_name"]
@@ -207,31 +208,38 @@ class Acceptor:
 
     def _ready(self) -> None:
         for _ in range(ACCEPTS_A_TURN):
-            if not self._reading:
-                return
-            try:
-                sock, address = self._sock.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno in _OF_ONE_CONNECTION:
-                    continue
-                self._starve(os.strerror(error.errno or 0))
-                return
-            # The kernel gives the lowest number that is free.
-            if self._modest and sock.fileno() >= _allowance():
-                sock.close()
-                self._starve("the last descriptors are kept for workers; raise the limit of open files")
-                return
-            sock.setblocking(False)
-            try:
-                self._accepted(sock, address)
-            except OSError as error:
-                # It had the last descriptor, and its owner needs another to watch it.
-                sock.close()
-                self._starve(os.strerror(error.errno or 0))
-                return
-            self._starved = False
+            if not self._reading or not self._accept():
+                break
+        # Most clients have said something by the time that they are accepted. It goes out in the same write as what accepting
+        # them brings about.
+        poller_of(self._loop).serve()
+
+    def _accept(self) -> bool:
+        """Accepts a connection; returns whether to go on."""
+        try:
+            sock, address = self._sock.accept()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            if error.errno in _OF_ONE_CONNECTION:
+                return True
+            self._starve(os.strerror(error.errno or 0))
+            return False
+        # The kernel gives the lowest number that is free.
+        if self._modest and sock.fileno() >= _allowance():
+            sock.close()
+            self._starve("the last descriptors are kept for workers; raise the limit of open files")
+            return False
+        sock.setblocking(False)
+        try:
+            self._accepted(sock, address)
+        except OSError as error:
+            # It had the last descriptor, and its owner needs another to watch it.
+            sock.close()
+            self._starve(os.strerror(error.errno or 0))
+            return False
+        self._starved = False
+        return True
 
     def _starve(self, why: str) -> None:
         if not self._starved:  # told once, until it gets better

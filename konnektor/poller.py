@@ -85,6 +85,11 @@ class Poller:
             epoll.close()
             self._epoll = None
 
+    def serve(self) -> None:
+        """Serves those that are ready now, which the loop would have told of at its next turn."""
+        if self._epoll is not None:
+            self._ready()
+
     def _ready(self) -> None:
         epoll, pollables = self._epoll, self._pollables
         assert epoll is not None

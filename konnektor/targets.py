@@ -37,6 +37,13 @@ class _Target(NamedTuple):
     address: IPAddress | None
     """Which was dialed; None if the connection was gone before it could be told."""
 
+    @property
+    def inbox(self) -> Inbox:
+        """The stream's sink until it is joined to the socket."""
+        inbox = self.stream.sink
+        assert isinstance(inbox, Inbox)
+        return inbox
+
     def __str__(self) -> str:
         return format_protocol(self.protocol) + format_hostport(self.host, self.port)
 
@@ -55,53 +62,77 @@ class Targets:
         self._allowed = allowed
         self.udp_idle = udp_idle
         self._resolver = Resolver()
+        self._new: dict[MuxStream, _Target] = {}
+        """Opened, and not dialed for yet."""
         self._open: dict[socket.socket, _Target] = {}
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
         self._changes = Changes()
 
     def begin(self, session: Session, stream: MuxStream, request: Tcp) -> bool:
-        """``serve`` where the host is an address: nothing needs a task, and on the way to nearby targets nothing waits."""
+        """``serve`` where the host is an address, for which nothing needs a task."""
         try:
             address = parse_host(request.host)
         except ConfigurationError:
             return False
         if isinstance(address, str):
             return False
-        allow = self._allowed(session)
-        target = _Target(session, stream, request.host, request.port, "tcp", address)
+        inbox = Inbox()
+        stream.sink = inbox
+        inbox.on_cancel = partial(self._give_up_early, stream)
+        if not self._new:
+            session.loop.call_soon(self._connect_new)
+        self._new[stream] = _Target(session, stream, request.host, request.port, "tcp", address)
+        return True
+
+    def _connect_new(self) -> None:
+        """Dials for the streams that were opened since the loop's last turn.
+
+        By then all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
+        while the next one is dialed.
+        """
+        for stream in list(self._new):
+            target = self._new.pop(stream, None)
+            if target is None:  # given up while another was dialed
+                continue
+            try:
+                self._connect(target)
+            except Exception as error:  # noqa: BLE001
+                _fail(target, error)
+
+    def _connect(self, target: _Target) -> None:
+        inbox, address = target.inbox, target.address
+        assert address is not None
+        inbox.on_cancel = None
+        allow = self._allowed(target.session)
         try:
             allow.check_name(target.host, target.port)
             sock, connected = begin_dial(address, target.port)
         except StreamError as error:
             _refuse(target, error)
-            return True
+            return
         if connected:
             self._join(target, sock)
         else:
-            inbox = Inbox()
-            stream.sink = inbox
-            inbox.on_cancel = partial(
-                _give_up, target, Dialing(sock, address, target.port, partial(self._dialed, target, allow))
-            )
-        return True
+            dialing = Dialing(sock, address, target.port, partial(self._dialed, target, allow))
+            inbox.on_cancel = partial(_give_up, target, dialing)
+
+    def _give_up_early(self, stream: MuxStream) -> None:
+        del self._new[stream]
+        _drop(stream)
 
     def _dialed(self, target: _Target, allow: AllowList, outcome: socket.socket | StreamError) -> None:
         """The end of the dial that ``begin`` began."""
-        inbox = target.stream.sink
-        assert isinstance(inbox, Inbox)
-        inbox.on_cancel = None
+        target.inbox.on_cancel = None
         try:
             if isinstance(outcome, StreamError):
                 raise outcome
             self._recheck(target, outcome, allow)
             self._join(target, outcome)
         except StreamError as error:
-            inbox.clear()
             _refuse(target, error)
         except Exception as error:  # noqa: BLE001
-            inbox.clear()
-            fail(target.session, target.stream, error)
+            _fail(target, error)
 
     async def serve(self, stream: Stream, request: Tcp) -> None:
         """The handler for ``Tcp``.
@@ -210,17 +241,29 @@ class Targets:
 def _give_up(target: _Target, dialing: Dialing) -> None:
     """The peer has, or the session is over: the answer is settled."""
     dialing.cancel()
-    inbox = target.stream.sink
+    _drop(target.stream)
+
+
+def _drop(stream: MuxStream) -> None:
+    """Nobody is to have what came, nor what may come."""
+    inbox = stream.sink
     assert isinstance(inbox, Inbox)
     inbox.on_cancel = None
     inbox.clear()
-    target.stream.release()
+    stream.release()
 
 
 def _refuse(target: _Target, error: StreamError) -> None:
     _log_refusal(target.session, str(target), error)
+    target.inbox.clear()
     target.stream.refuse(error.code)
     target.stream.release()
+
+
+def _fail(target: _Target, error: Exception) -> None:
+    if isinstance(inbox := target.stream.sink, Inbox):
+        inbox.clear()
+    fail(target.session, target.stream, error)
 
 
 def _log_refusal(session: Session, asked: str, error: StreamError) -> None:

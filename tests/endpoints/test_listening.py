@@ -13,6 +13,7 @@ import pytest
 
 from konnektor.errors import ListenError
 from konnektor.listening import Acceptor, _allowance, bind_tcp, bind_unix, bound_name
+from konnektor.socket_transport import SocketTransport
 from tests.endpoints.parts import until
 
 
@@ -314,3 +315,25 @@ async def test_pausing_within_a_burst():
     acceptor.resume()  # in vain
     for each in (*clients, *accepted):
         each.close()
+
+
+async def test_what_a_client_has_said_when_it_is_accepted_is_heard_at_once():
+    heard = []
+
+    class Client(asyncio.Protocol):
+        def data_received(self, data):
+            heard.append(bytes(data))
+
+    made = []
+    (listening,) = await bind_tcp("127.0.0.1", 0)
+    acceptor = Acceptor(listening, lambda sock, _address: made.append(SocketTransport(sock, Client())))
+    with contextlib.ExitStack() as stack:
+        stack.callback(acceptor.close)
+        for number in range(3):
+            sock = stack.enter_context(socket.create_connection(listening.getsockname()))
+            sock.send(b"%d" % number)
+        acceptor._ready()  # the loop has no turn before the assertion
+        assert heard == [b"0", b"1", b"2"]
+        for transport in made:
+            transport.abort()
+        await asyncio.sleep(0)

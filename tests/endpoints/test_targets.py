@@ -1,12 +1,13 @@
 """Targets that are addresses: dialed without a task, at once or by callbacks."""
 
 import asyncio
+import socket
 
 import pytest
 
 import konnektor as kk
 import konnektor.targets
-from konnektor.targets import begin_dial
+from konnektor.targets import Targets, begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
 from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
@@ -23,7 +24,8 @@ def connecting(request, monkeypatch):
 def at_rest(t):
     """Nothing is left of any stream, at the worker."""
     mux = t.worker.sessions[0]._mux
-    return not mux.streams and not t.worker._targets._open and mux.admission.retired == mux.admission.taken
+    targets = t.worker._targets
+    return not mux.streams and not targets._new and not targets._open and mux.admission.retired == mux.admission.taken
 
 
 async def test_no_stream_to_an_address_needs_a_task(certs, connecting):
@@ -44,6 +46,77 @@ async def test_no_stream_to_an_address_needs_a_task(certs, connecting):
             await polite.made[0].eof.wait()
             assert polite.made[0].data == b"xy"
         await until(lambda: at_rest(t))
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Streams are opened, and not dialed for before this is called with their worker's targets."""
+    dial = Targets._connect_new
+    monkeypatch.setattr(Targets, "_connect_new", lambda _targets: None)
+    return dial
+
+
+async def test_a_target_has_its_first_bytes_before_the_next_is_dialed(certs, held, monkeypatch):
+    first = []
+
+    def watching(address, port):
+        if dialed:
+            with dialed[0].accept()[0] as reached:
+                reached.settimeout(10)
+                first.append(reached.recv(99))
+        dialed.append(listening)
+        return begin_dial(address, port)
+
+    monkeypatch.setattr("konnektor.targets.begin_dial", watching)
+    dialed = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(10)
+        port = listening.getsockname()[1]
+        async with tunnel(certs) as t:
+            streams = [await t.session.open_tcp("127.0.0.1", port, early=True) for _ in range(2)]
+            for number, stream in enumerate(streams):
+                await stream.send(b"early %d" % number)
+            inboxes = t.worker.sessions[0]._mux.streams.values
+            await until(lambda: len(inboxes()) == 2 and all(stream.sink.chunks for stream in inboxes()))
+            held(t.worker._targets)
+            assert first == [b"early 0"]
+            for stream in streams:
+                stream.close()
+
+
+@pytest.mark.parametrize("how", ["cancel", "close", "abort"])
+async def test_who_gives_up_before_the_dial_leaves_nothing(certs, held, how):
+    async with target() as echo, tunnel(certs, limits=kk.Limits(resume_grace=0)) as t:
+        client, targets = t.worker.sessions[0], t.worker._targets
+        opening = asyncio.create_task(t.session.open_tcp("127.0.0.1", echo.port))
+        await until(lambda: targets._new)
+        getattr(opening if how == "cancel" else client, how)()
+        await until(lambda: not targets._new)
+        held(targets)
+        with pytest.raises(asyncio.CancelledError if how == "cancel" else kk.PeerError):
+            await opening
+        if how == "cancel":
+            await until(lambda: at_rest(t))
+        assert not echo.made and not targets._open
+
+
+async def test_the_session_ends_while_the_first_of_two_is_dialed(certs, held, monkeypatch):
+    async with target() as echo, tunnel(certs, limits=kk.Limits(resume_grace=0)) as t:
+        client, targets = t.worker.sessions[0], t.worker._targets
+
+        def ending(address, port):
+            client.abort()
+            return begin_dial(address, port)
+
+        monkeypatch.setattr("konnektor.targets.begin_dial", ending)
+        opening = [asyncio.create_task(t.session.open_tcp("127.0.0.1", echo.port)) for _ in range(2)]
+        await until(lambda: len(targets._new) == 2)
+        held(targets)
+        assert not targets._new
+        for task in opening:
+            with pytest.raises(kk.PeerError):
+                await task
+        await until(lambda: not targets._open and len(echo.made) == 1 and echo.made[0].lost.done())
 
 
 async def test_a_target_that_refuses(certs, log):
@@ -123,7 +196,7 @@ async def test_the_rules_change_while_an_address_is_dialed(certs, monkeypatch, c
 
         def meanwhile(address, port):
             sock, _ = begin_dial(address, port)
-            asyncio.get_running_loop().call_soon(t.worker.set_allow, [])
+            t.worker.set_allow([])
             return sock, False
 
         monkeypatch.setattr("konnektor.targets.begin_dial", meanwhile)
