@@ -10,9 +10,12 @@ COLUMNS ?=
 REPEATS ?= 3
 # Another tree of konnektor that is measured beside this one: make bench AGAINST=before=../before
 AGAINST ?=
-# What is measured is what a wheel has, compiled, where there is a compiler.
-COMPILED := $(if $(shell command -v cc),build/compiled/.ready)
+# What is measured is what a wheel has: compiled, where that can be.
+ifneq (,$(filter bench bench-quick,$(MAKECMDGOALS)))
+HEADERS := $(shell "$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)/Python.h
+COMPILED := $(if $(shell command -v cc 2>/dev/null),$(if $(wildcard $(HEADERS)),build/compiled/.ready))
 OURS := $(if $(COMPILED),--konnektor=build/compiled --against=pure=.)
+endif
 # What is profiled, all of it by default: make profile CASES=up,requests
 CASES ?=
 CUTS ?= 200
@@ -98,7 +101,7 @@ build/compiled/.ready: build/wheel/.ready $(shell find tests bench examples cont
 	@touch $@
 
 build/wheel/.ready: $(READY) hatch_build.py $(shell find konnektor -type f -not -name '*.pyc')
-	@command -v cc >/dev/null || { echo "A C compiler is missing: please install one (Debian's package is gcc)." >&2; exit 1; }
+	@$(BIN)/python -c 'import hatch_build, sys; sys.exit(hatch_build.missing())'
 	@rm -rf build/wheel
 	@echo "Compiling (about a minute) ..."
 	@KONNEKTOR_COMPILE=always PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \

@@ -8,12 +8,13 @@ that it cannot be compiled.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class CannotCompile(Exception):
 class CompilingHook(BuildHookInterface):  # type: ignore[type-arg]
     """Of pyproject.toml's ``[tool.hatch.build.targets.wheel.hooks.custom]``: ``modules`` are compiled, as one."""
 
-    _copy: Path | None = None
+    _remove: Callable[[], object] = staticmethod(lambda: None)
 
     def dependencies(self) -> list[str]:
         """Of the build, asked for before it begins."""
@@ -47,12 +48,12 @@ class CompilingHook(BuildHookInterface):  # type: ignore[type-arg]
         if version == "editable" or how == "never":
             return
         # In a copy: a compiled module that stayed beside its source would be what a checkout runs, whatever is edited.
-        self._copy = copy = Path(tempfile.mkdtemp(prefix="konnektor-build-"))
+        copy = Path(tempfile.mkdtemp(prefix="konnektor-build-"))
+        self._remove = weakref.finalize(self, shutil.rmtree, copy)  # at the latest when the process ends
         try:
             made = self._compile(copy)
-        except CannotCompile as error:
+        except (CannotCompile, OSError) as error:
             if how == "always":
-                self.finalize(version, build_data, "")
                 raise
             self.app.display_warning(f"konnektor is not compiled, and takes more CPU time therefore: {error}")
             return
@@ -61,8 +62,7 @@ class CompilingHook(BuildHookInterface):  # type: ignore[type-arg]
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Removes what the wheel has by now."""
-        if self._copy is not None:
-            shutil.rmtree(self._copy)
+        self._remove()
 
     def _compile(self, copy: Path) -> list[Path]:
         if (what := missing()) is not None:
@@ -74,7 +74,13 @@ class CompilingHook(BuildHookInterface):  # type: ignore[type-arg]
         (copy / "setup.py").write_text(SETUP.format(arguments=["--config-file=", *modules]))
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         done = subprocess.run(
-            command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command,
+            cwd=copy,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode:
             raise CannotCompile(f"mypyc or the C compiler failed:\n{done.stdout.strip()}")
@@ -91,7 +97,7 @@ def wanted() -> str:
 
 def missing() -> str | None:
     """What it would take to compile."""
-    compiler = (shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "") or ["cc"])[0]
+    compiler = ((os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split() or ["cc"])[0]
     if shutil.which(compiler) is None:
         return f"there is no C compiler ({compiler}); Debian's package is gcc"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():

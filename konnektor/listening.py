@@ -207,12 +207,12 @@ class Acceptor:
         self.resume()
 
     def _ready(self) -> None:
-        for _ in range(ACCEPTS_A_TURN):
-            if not self._reading or not self._accept():
-                break
-        # Most clients have said something by the time that they are accepted. It goes out in the same write as what accepting
-        # them brings about.
-        poller_of(self._loop).serve()
+        accepted = 0
+        while accepted < ACCEPTS_A_TURN and self._reading and self._accept():
+            accepted += 1
+        if accepted:
+            # Most clients have said something by now. It goes out in the same write as what accepting them brings about.
+            poller_of(self._loop).serve()
 
     def _accept(self) -> bool:
         """Accepts a connection; returns whether to go on."""

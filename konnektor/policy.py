@@ -205,6 +205,10 @@ def _parse_rule_host(text: str) -> IPNetwork | str:
     return parse_network(text)
 
 
+_MOST_ALLOWED: Final = 1024
+"""Destinations that a list remembers, a quarter of a megabyte at most: what they are is the peer's choice."""
+
+
 class AllowList:
     """The rules of one end, and the two checks. An empty list allows nothing.
 
@@ -218,7 +222,14 @@ class AllowList:
     """
 
     def __init__(self, rules: Iterable[AllowRule | str] = ()) -> None:
-        self.rules = tuple(map(_as_rule, listed("allow", rules, _RULES)))
+        self._rules = tuple(map(_as_rule, listed("allow", rules, _RULES)))
+        self._allowed: set[tuple[str, int, Protocol]] = set()
+        """What ``check_name`` has let pass: the rules never change."""
+
+    @property
+    def rules(self) -> tuple[AllowRule, ...]:
+        """As given."""
+        return self._rules
 
     def check_name(self, host: str, port: int, protocol: Protocol = "tcp") -> None:
         """First stage, before resolving: refuses what no resolved address could make acceptable.
@@ -228,14 +239,20 @@ class AllowList:
         Raises:
             DeniedError: no rule can allow it, or the host is neither a strict IP address nor a DNS name.
         """
+        asked = (host, port, protocol)
+        if asked in self._allowed:
+            return
         wanted = _parse_wanted(host)
         if not isinstance(wanted, str):
             self._check(wanted, wanted, port, protocol)
         elif not any(
             rule.covers_port(port, protocol) and (rule.names(wanted) or not isinstance(rule.host, str))
-            for rule in self.rules
+            for rule in self._rules
         ):
             raise DeniedError(f"no rule allows {format_protocol(protocol)}{format_hostport(wanted, port)}")
+        if len(self._allowed) >= _MOST_ALLOWED:
+            self._allowed.clear()
+        self._allowed.add(asked)
 
     def check_address(self, host: str, address: IPAddress | str, port: int, protocol: Protocol = "tcp") -> None:
         """Second stage, for an address that the host resolved to; dial this address and no other.
@@ -253,7 +270,7 @@ class AllowList:
     def _check(self, wanted: IPAddress | str, address: IPAddress, port: int, protocol: Protocol) -> None:
         address = unwrap(address)
         special = _special(address)
-        for rule in self.rules:
+        for rule in self._rules:
             if rule.covers_port(port, protocol) and (
                 rule.opens(address) or (special is None and isinstance(wanted, str) and rule.names(wanted))
             ):

@@ -35,12 +35,13 @@ class Pollable(Protocol):
 class Poller:
     """The watched sockets of one loop. It has a descriptor only while there are any."""
 
-    __slots__ = ("_epoll", "_pollables", "loop")
+    __slots__ = ("_epoll", "_pollables", "_served", "loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._epoll: select.epoll | None = None
         self._pollables: dict[int, Pollable] = {}
+        self._served = False
 
     def add(self, fd: int, pollable: Pollable, events: int) -> None:
         """Watches a socket from now on.
@@ -86,13 +87,19 @@ class Poller:
             self._epoll = None
 
     def serve(self) -> None:
-        """Serves those that are ready now, which the loop would have told of at its next turn."""
-        if self._epoll is not None:
+        """Serves those that are ready now, ahead of the loop, for which that is the turn."""
+        if self._epoll is not None and not self._served:
             self._ready()
+            self._served = True
+            self.loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._served = False
 
     def _ready(self) -> None:
         epoll, pollables = self._epoll, self._pollables
-        assert epoll is not None
+        if epoll is None or self._served:  # ``serve`` was first
+            return
         at_once = min(max(len(pollables) // 2, FEWEST_AT_ONCE), MOST_AT_ONCE)
         # Those that were told last are the last to be told again (epoll_wait(2) goes round): nobody starves.
         for fd, events in epoll.poll(0, at_once):

@@ -35,7 +35,7 @@ class _Target(NamedTuple):
     port: int
     protocol: Protocol
     address: IPAddress | None
-    """Which was dialed; None if the connection was gone before it could be told."""
+    """Which is dialed; None if the connection was gone before it could be told."""
 
     @property
     def inbox(self) -> Inbox:
@@ -64,6 +64,7 @@ class Targets:
         self._resolver = Resolver()
         self._new: dict[MuxStream, _Target] = {}
         """Opened, and not dialed for yet."""
+        self._scheduled = False
         self._open: dict[socket.socket, _Target] = {}
         self._relays: dict[socket.socket, UdpRelay] = {}
         self._leaving = False
@@ -80,7 +81,8 @@ class Targets:
         inbox = Inbox()
         stream.sink = inbox
         inbox.on_cancel = partial(self._give_up_early, stream)
-        if not self._new:
+        if not self._scheduled:
+            self._scheduled = True
             session.loop.call_soon(self._connect_new)
         self._new[stream] = _Target(session, stream, request.host, request.port, "tcp", address)
         return True
@@ -91,6 +93,7 @@ class Targets:
         By then all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
         while the next one is dialed.
         """
+        self._scheduled = False
         for stream in list(self._new):
             target = self._new.pop(stream, None)
             if target is None:  # given up while another was dialed
@@ -122,7 +125,7 @@ class Targets:
         _drop(stream)
 
     def _dialed(self, target: _Target, allow: AllowList, outcome: socket.socket | StreamError) -> None:
-        """The end of the dial that ``begin`` began."""
+        """The end of the dial that ``_connect`` began."""
         target.inbox.on_cancel = None
         try:
             if isinstance(outcome, StreamError):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
@@ -14,9 +15,13 @@ def needs(tool: str) -> str:
     """
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
     found = shutil.which(tool, path=path)
-    if found is not None:
-        return found
-    reason = f"{tool} is not installed"
+    if found is None:
+        lacking(f"{tool} is not installed")
+    return found
+
+
+def lacking(reason: str) -> NoReturn:
+    """Skips the calling test or fixture, or under CI=true fails it."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}, and CI=true allows no skips", pytrace=False)
     pytest.skip(reason)

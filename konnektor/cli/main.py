@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -35,7 +34,7 @@ EXIT_STATUS: Final[tuple[tuple[type[KonnektorError], int], ...]] = (
     (HandshakeError, 5),
 )
 
-_COMPILED: Final = isinstance(mux.__loader__, ExtensionFileLoader)
+_COMPILED: Final = not mux.__file__.endswith(".py")
 """Whether what runs for every frame is machine code (hatch_build.py)."""
 
 

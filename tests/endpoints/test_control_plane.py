@@ -17,6 +17,7 @@ from konnektor.addresses import parse_forward, parse_hostport
 from konnektor.dial import dial
 from konnektor.frames import HEADER
 from konnektor.frontends.udp_forward import UdpForward
+from konnektor.policy import AllowList
 from konnektor.router import parse_route
 from konnektor.settings import Settings
 from konnektor.testing import FaultProxy
@@ -450,7 +451,7 @@ async def test_a_shared_route_is_tried_elsewhere(certs):
                     assert await stream.receive() == b"x"
             with pytest.raises(kk.LimitError):
                 await t.plane.open_tcp("127.0.0.1", echo.port, worker="node-2")
-            t.worker.allow.rules = ()  # a denial is final
+            t.worker.allow = AllowList()  # a denial is final
             with pytest.raises((kk.DeniedError, kk.LimitError)):
                 await t.plane.open_tcp("127.0.0.1", echo.port, worker="node-1")
         with pytest.raises(kk.NoRouteError):

@@ -37,7 +37,7 @@ async def test_streams_both_ways_need_permission(certs, log):
 
 async def test_nothing_is_allowed_by_default(certs):
     async with target() as echo, tunnel(certs) as t:
-        t.worker.allow.rules = kk.Worker(["h:1"], tls=certs.worker()).allow.rules
+        t.worker.allow = kk.Worker(["h:1"], tls=certs.worker()).allow
         with pytest.raises(kk.DeniedError):
             await t.session.open_tcp("127.0.0.1", echo.port)
 

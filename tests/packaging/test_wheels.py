@@ -1,14 +1,19 @@
 """What a wheel has in it: compiled modules if they can be compiled, and else the source alone. With a small package in place of ours."""
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.tools import lacking
 
 ROOT = Path(__file__).parents[2]
 PROJECT = """
@@ -37,6 +42,16 @@ def project(tmp_path):
     (tmp_path / "temporary").mkdir()
     shutil.copy(ROOT / "hatch_build.py", found)
     return found
+
+
+@pytest.fixture
+def compiler():
+    """What it takes to compile is here."""
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    if (what := hook.missing()) is not None:
+        lacking(what)
 
 
 def build(project, how=None, **env):
@@ -69,7 +84,7 @@ def where_mux_is(wheel):
     return Path(found.strip()).relative_to(into)
 
 
-@pytest.mark.needs_tool("gcc")
+@pytest.mark.usefixtures("compiler")
 def test_modules_are_compiled_beside_their_source(project):
     done, wheel = build(project, "always")
     assert done.returncode == 0, done.stderr
@@ -79,6 +94,7 @@ def test_modules_are_compiled_beside_their_source(project):
     assert (wheel.parent / "installed" / "konnektor" / "mux.py").is_file()
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("env", "why"),
     [
@@ -102,6 +118,19 @@ def test_what_must_be_compiled_and_cannot_be_is_an_error(project):
     )
 
 
+@pytest.mark.usefixtures("compiler")
+def test_nothing_is_left_of_a_build_that_is_interrupted(project):
+    env = {**os.environ, "TMPDIR": str(project.parent / "temporary"), "KONNEKTOR_COMPILE": "auto"}
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(project.parent / "wheels")]
+    with subprocess.Popen(command, cwd=project, env=env, stderr=subprocess.PIPE, start_new_session=True) as building:
+        while not list((project.parent / "temporary").glob("*/setup.py")) and building.poll() is None:
+            time.sleep(0.01)
+        os.killpg(building.pid, signal.SIGINT)
+        building.communicate(timeout=50)
+    assert building.returncode != 0
+    assert not list((project.parent / "temporary").glob("konnektor-build-*"))
+
+
 def test_it_can_be_left_as_it_is(project):
     done, wheel = build(project, "never")
     assert done.returncode == 0 and "compiled" not in done.stdout + done.stderr
@@ -114,6 +143,7 @@ def test_a_wrong_word_is_refused(project):
     assert "KONNEKTOR_COMPILE is 'sometimes', but must be auto, always or never" in done.stderr
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("how", "needs"), [(None, ["mypy"]), ("never", [])])
 def test_a_compiler_for_python_is_fetched_only_to_compile(project, how, needs):
     env = {key: value for key, value in os.environ.items() if key != "KONNEKTOR_COMPILE"}

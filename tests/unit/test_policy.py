@@ -284,3 +284,23 @@ def test_grants_as_text_and_as_pairs(grant: object) -> None:
 def test_what_is_no_grant(grant: object) -> None:
     with pytest.raises(ConfigurationError, match=r"is neither text nor \(NAME, HOST:PORTS\): write"):
         parse_grant_from(grant)
+
+
+def test_what_was_allowed_once_is_no_permission_for_anything_else() -> None:
+    rules = AllowList([tcp("10.0.0.7", 80), tcp("*.example", "*")])
+    for _ in range(2):
+        rules.check_name("10.0.0.7", 80)
+        rules.check_name("a.example", 443)
+        for host, port, protocol in (("10.0.0.7", 81, "tcp"), ("10.0.0.7", 80, "udp"), ("10.0.0.8", 80, "tcp")):
+            with pytest.raises(DeniedError):
+                rules.check_name(host, port, protocol)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        rules.rules = ()  # type: ignore[misc]
+
+
+def test_a_peer_that_asks_for_all_that_is_allowed_fills_no_memory() -> None:
+    rules = AllowList([tcp("10.0.0.0/8", "*")])
+    for port in range(1, 5000):
+        rules.check_name("10.0.0.7", port)
+        assert len(rules._allowed) <= 1024
+    rules.check_name("10.0.0.7", 1)
