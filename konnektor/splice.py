@@ -392,7 +392,7 @@ def join(stream: MuxStream, sock: socket.socket, *, on_closed: Callable[[], obje
     """``splice`` for a peer's stream that has come no further than the multiplexer, which is accepted.
 
     Args:
-        stream: its sink has received nothing, or is an Inbox.
+        stream: its sink is an Inbox, with what came so far.
         sock: connected and non-blocking.
         on_closed: called once, when both are closed.
 
