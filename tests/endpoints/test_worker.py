@@ -90,7 +90,7 @@ async def test_what_targets_answer(certs, monkeypatch):
     async with tunnel(certs) as t:
         with pytest.raises(kk.ConnectRefusedError):
             await t.session.open_tcp("127.0.0.1", unused_port())
-        t.worker.allow.rules += (kk.tcp("no-such-host.invalid", 1),)
+        t.worker.set_allow([*t.worker.allow.rules, "no-such-host.invalid:1"])
         with pytest.raises(kk.DNSError):
             await t.session.open_tcp("no-such-host.invalid", 1)
 
