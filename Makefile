@@ -16,6 +16,8 @@ HEADERS := $(shell "$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("i
 COMPILED := $(if $(shell command -v cc 2>/dev/null),$(if $(wildcard $(HEADERS)),build/compiled/.ready))
 OURS := $(if $(COMPILED),--konnektor=build/compiled --against=pure=.)
 endif
+# What is tested compiled, all of it by default: make test-compiled TESTS=tests/session
+TESTS ?= tests
 # What is profiled, all of it by default: make profile CASES=up,requests
 CASES ?=
 CUTS ?= 200
@@ -61,8 +63,8 @@ fuzz: .venv/.ready-fuzz ## fuzz the decoder, then whole sessions, for FUZZ_SECON
 
 compiled: build/compiled/.ready ## build/compiled/: this tree as a wheel has it, its hot modules compiled (needs a C compiler)
 
-test-compiled: build/compiled/.ready ## run the tests on build/compiled/
-	cd build/compiled && PYTHONPATH=$(CURDIR)/build/compiled ../../$(BIN)/pytest tests --ignore=tests/docs --ignore=tests/packaging -m 'not slow'
+test-compiled: build/compiled/.ready ## run the tests on build/compiled/ (TESTS="tests/session" names some)
+	cd build/compiled && PYTHONPATH='$(CURDIR)/build/compiled' ../../$(BIN)/pytest $(TESTS) --ignore=tests/docs --ignore=tests/packaging -m 'not slow'
 
 bench: .venv/.ready-bench $(COMPILED) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
 	@$(BIN)/python -m bench $(OURS) --peers='$(PEERS)' --columns='$(COLUMNS)' $(if $(AGAINST),--against='$(AGAINST)') --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
