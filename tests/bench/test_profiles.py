@@ -17,6 +17,7 @@ from bench.profiles import CASES, Profile, profile, py_spy, recording, table
 from bench.report.flames import COLOURS, draw
 from bench.stacks import Frame, Group, grouped, lineage, parse, tidy, weighed
 from bench.targets import targets
+from konnektor import mux
 from tests.tools import needs
 
 LOOP = "<module> (konnektor/__main__.py);Runner.run (asyncio/runners.py);uv_run (core.c);"
@@ -180,6 +181,7 @@ def test_a_process_that_cannot_be_looked_at_is_told(spy, tmp_path):
         pytest.fail("there is no such process")
 
 
+@pytest.mark.skipif(not mux.__file__.endswith(".py"), reason="compiled code is not told apart by its files")
 def test_a_real_profile(spy, tmp_path):
     for tool in ("iperf3", "wrk", "nginx"):
         needs(tool)
