@@ -39,8 +39,10 @@ class CompilingHook(BuildHookInterface):  # type: ignore[type-arg]
     _remove: Callable[[], object] = staticmethod(lambda: None)
 
     def dependencies(self) -> list[str]:
-        """Of the build, asked for before it begins."""
-        return self.config["needs"] if wanted() != "never" and missing() is None else []
+        """Of the build, asked for before it begins: what compiles, and for its types all that is imported."""
+        if wanted() == "never" or missing() is not None:
+            return []
+        return [*self.config["needs"], *self.metadata.core.dependencies]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Adds the compiled modules to a wheel; beside their source, which tracebacks and debuggers show."""

@@ -24,6 +24,7 @@ build-backend = "hatchling.build"
 name = "small"
 version = "1"
 requires-python = ">=3.11"
+dependencies = ["h11"]
 [tool.hatch.build.targets.wheel]
 packages = ["konnektor"]
 [tool.hatch.build.targets.wheel.hooks.custom]
@@ -144,7 +145,7 @@ def test_a_wrong_word_is_refused(project):
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("how", "needs"), [(None, ["mypy"]), ("never", [])])
+@pytest.mark.parametrize(("how", "needs"), [(None, ["mypy", "h11"]), ("never", [])])
 def test_a_compiler_for_python_is_fetched_only_to_compile(project, how, needs):
     env = {key: value for key, value in os.environ.items() if key != "KONNEKTOR_COMPILE"}
     if how is not None:
