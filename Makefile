@@ -66,10 +66,10 @@ compiled: build/compiled/.ready ## build/compiled/: this tree as a wheel has it,
 test-compiled: build/compiled/.ready ## run the tests on build/compiled/ (TESTS="tests/session" names some)
 	cd build/compiled && PYTHONPATH='$(CURDIR)/build/compiled' ../../$(BIN)/pytest $(TESTS) --ignore=tests/docs --ignore=tests/packaging -m 'not slow'
 
-bench: .venv/.ready-bench $(COMPILED) ## measure beside every peer that is there (half an hour; PEERS=openssh,yamux COLUMNS=bulk,requests)
+bench: .venv/.ready-bench $(COMPILED) ## measure beside every peer that is there (40 minutes; PEERS=openssh,yamux COLUMNS=bulk,requests)
 	@$(BIN)/python -m bench $(OURS) --peers='$(PEERS)' --columns='$(COLUMNS)' $(if $(AGAINST),--against='$(AGAINST)') --repeats=$(REPEATS) --json=build/bench/bench.json --svg=build/bench
 
-bench-quick: .venv/.ready-bench $(COMPILED) ## measure bulk and requests beside OpenSSH and yamux (two minutes)
+bench-quick: .venv/.ready-bench $(COMPILED) ## measure bulk and requests beside OpenSSH and yamux (three minutes)
 	@$(BIN)/python -m bench $(OURS) --peers=openssh,yamux --columns=bulk,requests --seconds=1 --json=build/bench/quick.json
 
 bench-micro: .venv/.ready-bench ## measure the core alone, in memory

@@ -206,7 +206,7 @@ def _parse_rule_host(text: str) -> IPNetwork | str:
 
 
 _MOST_ALLOWED: Final = 1024
-"""Destinations that a list remembers, a quarter of a megabyte at most: what they are is the peer's choice."""
+"""Destinations that a list remembers, half a megabyte at most: what they are is the peer's choice."""
 
 
 class AllowList:
