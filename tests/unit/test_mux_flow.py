@@ -422,3 +422,18 @@ def test_the_last_streams_may_all_be_wanted_after_one_was_gone():
         pair.client.open()
     pair.pump()
     assert len(pair.server.mux.streams) == 100
+
+
+def test_what_idle_streams_hold_beyond_their_reservations_is_counted():
+    pair = Pair()
+    ours, theirs = pair.open()
+    ours.write(bytes(4 * MIB))
+    pair.pump()
+    mux = pair.server.mux
+    assert len(theirs.sink.data) == 4 * MIB and mux.pool.extra > 0
+    assert mux.idle_credit(pair.now) == 0
+    pair.sleep(60)
+    assert mux.idle_credit(pair.now) == mux.pool.extra > 0
+    ours.write(bytes(4 * MIB))
+    pair.pump()
+    assert mux.idle_credit(pair.now) == 0

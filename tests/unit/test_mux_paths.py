@@ -13,8 +13,6 @@ from konnektor.outbound import FRESH_PAYLOAD
 from tests.link import Link, Meter
 from tests.pair import Pair
 
-pytestmark = pytest.mark.timeout(240)  # seconds of traffic, frame by frame: half a minute where a core is slow and busy
-
 PATHS = [(0.001, 50e6), (0.010, 20e6), (0.050, 20e6), (0.200, 4e6)]
 """Round trip in seconds, bytes a second."""
 
