@@ -198,12 +198,9 @@ def _encode_text(text: str) -> bytes:
     return text.encode("utf-8", "replace")[:MAX_TEXT].decode("utf-8", "ignore").encode()
 
 
-_TYPE_NAME = re.compile("[!-~]{1,255}")
-
-
 def is_type_name(name: str) -> bool:
     """Whether ``name`` may name a stream type: printable ASCII without spaces, so that it is fit for logs."""
-    return _TYPE_NAME.fullmatch(name) is not None
+    return 0 < len(name) <= 255 and name.isascii() and name.isprintable() and " " not in name
 
 
 # TLVs
@@ -216,6 +213,8 @@ def is_grease(tlv_id: int) -> bool:
 
 def encode_tlvs(tlvs: Mapping[int, bytes]) -> bytes:
     """``id:u16 len:u16 value`` for each, in the mapping's order."""
+    if not tlvs:  # as in most ACCEPTs
+        return b""
     return b"".join(_TLV.pack(tlv_id, len(value)) + value for tlv_id, value in tlvs.items())
 
 

@@ -1,43 +1,39 @@
-"""Listening sockets: TCP on every address of a name, Unix with safe permissions, and an accept loop that never spins."""
+"""Listening sockets: TCP on every address of a name, Unix with safe permissions."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
-import logging
 import os
-import resource
 import socket
 import stat
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from konnektor.addresses import format_hostport
 from konnektor.errors import ListenError
-from konnektor.poller import poller_of
 from konnektor.resolver import Resolver
 
-__all__ = ["Acceptor", "bind_tcp", "bind_udp", "bind_unix", "bound_name"]
+__all__ = ["bind_tcp", "bind_udp", "bind_unix", "bound_name"]
 
 BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
-ACCEPT_PAUSE: Final = 0.5
-"""Seconds without accepting after the process ran out of descriptors or memory."""
-RESERVE: Final = 1024
-"""Descriptors that modest listeners leave to others: those newcomers to the tunnel, at most, and as many for what they begin."""
-ACCEPTS_A_TURN: Final = 64
 PORT_ATTEMPTS: Final = 10
 _NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-# Linux passes errors that are pending on the new connection, see accept(2).
-_OF_ONE_CONNECTION: Final = frozenset(
-    {errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
-     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EOPNOTSUPP}
-)  # fmt: skip
 
-logger: Final = logging.getLogger("konnektor.listening")
+
+class _Listening(socket.socket):
+    """Of which ``accept`` asks these two each time: an enumeration takes longer to make than the connection's socket."""
+
+    @cached_property
+    def family(self) -> socket.AddressFamily:
+        return super().family
+
+    @cached_property
+    def type(self) -> socket.SocketKind:
+        return super().type
 
 
 async def bind_tcp(host: str, port: int) -> list[socket.socket]:
@@ -101,7 +97,7 @@ def _bind_all(infos: Sequence[tuple[Any, ...]], port: int) -> list[socket.socket
 
 
 def _bind(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = socket.socket(family, kind, proto)
+    sock = _Listening(family, kind, proto)
     try:
         sock.setblocking(False)
         if kind == socket.SOCK_STREAM:
@@ -136,7 +132,7 @@ def bind_unix(path: str) -> socket.socket:
     Raises:
         ListenError: something else is there, a live server listens, or the directory does not allow it.
     """
-    sock = socket.socket(socket.AF_UNIX)
+    sock = _Listening(socket.AF_UNIX)
     # bind() creates the file: only the umask can narrow its mode without a moment of more.
     before = os.umask(0o777 & ~UNIX_MODE)
     try:
@@ -178,114 +174,3 @@ def bound_name(sock: socket.socket) -> str:
     """``HOST:PORT`` of a listening TCP socket, the path of a Unix one."""
     address = sock.getsockname()
     return address if isinstance(address, str) else format_hostport(*address[:2])
-
-
-class Acceptor:
-    """Accepts connections and hands over each socket, non-blocking.
-
-    Out of descriptors, it pauses rather than spin on a listening socket that stays readable; what waits in
-    the backlog is served when there are descriptors again. It owns the listening socket, and the file of a Unix one.
-
-    Args:
-        sock: listening.
-        accepted: called with each new socket, which is then its, and the peer's address.
-        modest: leaves the last quarter of the process's descriptors, ``RESERVE`` at most, to whoever is not.
-    """
-
-    def __init__(
-        self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object], *, modest: bool = False
-    ) -> None:
-        self.name = bound_name(sock)
-        self._sock = sock
-        self._accepted = accepted
-        self._modest = modest
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._reading = False
-        self._starved = False
-        self._file = _file(self.name) if sock.family == socket.AF_UNIX else None
-        self.resume()
-
-    def _ready(self) -> None:
-        accepted = 0
-        while accepted < ACCEPTS_A_TURN and self._reading and self._accept():
-            accepted += 1
-        if accepted:
-            # Most clients have said something by now. It goes out in the same write as what accepting them brings about.
-            poller_of(self._loop).serve()
-
-    def _accept(self) -> bool:
-        """Accepts a connection; returns whether to go on."""
-        try:
-            sock, address = self._sock.accept()
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as error:
-            if error.errno in _OF_ONE_CONNECTION:
-                return True
-            self._starve(os.strerror(error.errno or 0))
-            return False
-        # The kernel gives the lowest number that is free.
-        if self._modest and sock.fileno() >= _allowance():
-            sock.close()
-            self._starve("the last descriptors are kept for workers; raise the limit of open files")
-            return False
-        sock.setblocking(False)
-        try:
-            self._accepted(sock, address)
-        except OSError as error:
-            # It had the last descriptor, and its owner needs another to watch it.
-            sock.close()
-            self._starve(os.strerror(error.errno or 0))
-            return False
-        self._starved = False
-        return True
-
-    def _starve(self, why: str) -> None:
-        if not self._starved:  # told once, until it gets better
-            logger.warning("cannot accept on %s: %s", self.name, why)
-        self._starved = True
-        self.pause()
-        self._timer = self._loop.call_later(ACCEPT_PAUSE, self.resume)
-
-    def pause(self) -> None:
-        """Leaves connections to the kernel's backlog until ``resume``."""
-        self._stop_timer()
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._sock.fileno())
-
-    def resume(self) -> None:
-        """Accepts again, unless closed."""
-        self._stop_timer()
-        if not self._reading and self._sock.fileno() >= 0:
-            self._reading = True
-            self._loop.add_reader(self._sock.fileno(), self._ready)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def close(self) -> None:
-        """Accepts no more; the file of a Unix socket goes, unless another program has put its own there."""
-        self.pause()
-        self._sock.close()
-        if self._file is not None and self._file == _file(self.name):
-            self._file = None
-            with contextlib.suppress(OSError):
-                Path(self.name).unlink()
-
-
-def _allowance() -> int:
-    """Descriptors that modest listeners may use."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(RESERVE, soft // 4)
-
-
-def _file(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -8,6 +8,7 @@ What is between those and a splice stands here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import select
 import socket
@@ -83,7 +84,8 @@ class LoopTransport:
         return self._transport.can_write_eof()
 
     def write_eof(self) -> None:
-        self._transport.write_eof()
+        with contextlib.suppress(OSError):  # reset: reading tells
+            self._transport.write_eof()
 
     def is_closing(self) -> bool:
         """Not while what is left is sent: until then the other end may go on sending, too."""

@@ -9,8 +9,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from konnektor.acceptor import Acceptor
 from konnektor.addresses import format_hostport
-from konnektor.listening import Acceptor
 from konnektor.poller import READ, poller_of
 
 __all__ = ["Newcomers", "Place"]

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCH", "Outbound", "joined"]
 
 _DATAGRAM: Final = int(FrameType.DATAGRAM)
+_DEADLINE: Final = int(OpenTLV.DEADLINE)
 
 BATCH: Final = 256 * 1024
 """Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size.
@@ -83,7 +84,10 @@ def joined(parts: list[Buffer]) -> list[Buffer]:
     Each buffer begins a TLS record of its own. So what is joined takes as much of the large one behind it as makes the
     record full.
     """
-    if len(parts) == 1 or max(map(len, parts)) < LARGE:
+    for part in parts:
+        if len(part) >= LARGE:
+            break
+    else:
         return [b"".join(parts)]
     chunks: list[Buffer] = []
     small: list[Buffer] = []
@@ -327,7 +331,7 @@ class Outbound:
         stream.id = mux.admission.open()
         mux.streams[stream.id] = stream
         left = max(1, int((stream.deadline - now) * 1000))
-        params = {**stream.tlvs, int(OpenTLV.DEADLINE): left.to_bytes(4, "big")}
+        params = {**stream.tlvs, _DEADLINE: left.to_bytes(4, "big")}
         stream.tlvs = {}
         frame = self._sequenced(Open(stream.id, stream.priority, stream.name, params).encode())
         parts.append(frame)

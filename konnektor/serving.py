@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from konnektor.errors import Code, LocalProtocolError, PeerError, SessionClosedError, StreamError, describe
 from konnektor.handlers import StreamHandler
+from konnektor.inbox import Inbox
 from konnektor.listener import StreamListener
 from konnektor.mux import MuxStream
 from konnektor.states import Sending
-from konnektor.stream import Inbox, Stream
+from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, check_type
 
 if TYPE_CHECKING:

@@ -31,13 +31,14 @@ from konnektor.errors import (
 from konnektor.frames import Feature, Resume
 from konnektor.handlers import Handlers
 from konnektor.handshake import explain
+from konnektor.inbox import Inbox
 from konnektor.limits import Limits
 from konnektor.listener import StreamListener
 from konnektor.mux import Mux, MuxStream, Role, Sink
 from konnektor.replay import KEY_SIZE, SESSION_ID_SIZE, Ticket
 from konnektor.serving import Classify, Serving
 from konnektor.settings import Settings
-from konnektor.stream import Inbox, Stream
+from konnektor.stream import Stream
 from konnektor.stream_types import StreamType, Tcp, Udp, check_request
 from konnektor.transport import StreamTransport
 

@@ -340,9 +340,10 @@ class SocketTransport:
                 self._shut_down()
 
     def _shut_down(self) -> None:
-        # A peer that reset the connection is noticed by reading.
-        with contextlib.suppress(OSError):
+        try:
             self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # a peer that reset the connection is noticed by reading
 
     def get_write_buffer_size(self) -> int:
         return len(self._buffer or b"")

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from konnektor.errors import Code, PeerError
+from konnektor.inbox import Inbox
 from konnektor.loop_transport import LoopTransport
 from konnektor.mux import PAYLOAD, MuxStream
 from konnektor.socket_transport import SocketTransport
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
-from konnektor.stream import Inbox, Stream
+from konnektor.stream import Stream
 
 __all__ = ["Splice", "join", "splice"]
 
@@ -159,8 +160,7 @@ class Splice:
         stream = self._stream
         assert stream is not None
         if stream.sending is SENDING_OPEN and transport.can_write_eof():
-            with contextlib.suppress(OSError):  # reset: reading tells
-                transport.write_eof()
+            transport.write_eof()
         else:
             self._close()
 

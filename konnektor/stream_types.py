@@ -13,6 +13,7 @@ is yours, and needs no registry::
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from types import MemberDescriptorType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, dataclass_transform
 
@@ -143,30 +144,38 @@ def _kind(given: object) -> str:
     return f"the class {given.__name__}" if isinstance(given, type) else f"an instance of {type(given).__name__}"
 
 
-class Tcp(StreamType, frozen=True):
-    """A TCP connection that the accepting end dials; ``host`` is a name or an address, resolved there."""
+class _Destination(StreamType, frozen=True):
+    """``host`` is a name or an address, resolved by the accepting end."""
 
-    name: ClassVar[str] = "tcp"
     repeatable: ClassVar[bool] = True
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
     def encode(self) -> bytes:
-        header = super().encode()
-        parse_host(self.host)  # of what is neither name nor address the peer would say no more than DENIED
+        kind = type(self)
+        if kind.__base__ is _Destination and type(self.host) is str and type(self.port) is int:
+            return _header(kind, self.host, self.port)
+        header = super().encode()  # which may say what they must be
+        parse_host(self.host)
         return header
 
 
-class Udp(StreamType, frozen=True):
+@lru_cache(maxsize=1024)
+def _header(kind: type[_Destination], host: str, port: int) -> bytes:
+    """Of a request that most likely was made before: many clients want the same."""
+    header = StreamType.encode(kind(host, port))
+    parse_host(host)  # of what is neither name nor address the peer would say no more than DENIED
+    return header
+
+
+class Tcp(_Destination, frozen=True):
+    """A TCP connection that the accepting end dials; ``host`` is a name or an address, resolved there."""
+
+    name: ClassVar[str] = "tcp"
+
+
+class Udp(_Destination, frozen=True):
     """A UDP socket at the accepting end, connected to ``host:port``: one datagram is one packet, either way."""
 
     name: ClassVar[str] = "udp"
     datagrams: ClassVar[bool] = True
-    repeatable: ClassVar[bool] = True
-    host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-
-    def encode(self) -> bytes:
-        header = super().encode()
-        parse_host(self.host)
-        return header

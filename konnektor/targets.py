@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
-from konnektor.dial import Dialing, begin_dial, dial, dial_udp, reset_on_close
+from konnektor.connecting import Address, Dialing, begin_dial, literal, reset_on_close
+from konnektor.dial import dial, dial_udp
 from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
+from konnektor.inbox import Inbox
 from konnektor.mux import MuxStream
 from konnektor.policy import AllowList
 from konnektor.resolver import Resolver
 from konnektor.serving import fail
 from konnektor.session import Session
 from konnektor.splice import Splice, join, splice
-from konnektor.stream import Inbox, Stream
+from konnektor.stream import Stream
 from konnektor.stream_types import Tcp, Udp
 from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 
@@ -62,7 +64,7 @@ class Targets:
         self._allowed = allowed
         self.udp_idle = udp_idle
         self._resolver = Resolver()
-        self._new: dict[MuxStream, _Target] = {}
+        self._new: dict[MuxStream, tuple[Address, _Target]] = {}
         """Opened, and not dialed for yet."""
         self._scheduled = False
         self._open: dict[socket.socket, _Target] = {}
@@ -73,10 +75,10 @@ class Targets:
     def begin(self, session: Session, stream: MuxStream, request: Tcp) -> bool:
         """``serve`` where the host is an address, for which nothing needs a task."""
         try:
-            address = parse_host(request.host)
+            address = literal(request.host, request.port)
         except ConfigurationError:
             return False
-        if isinstance(address, str):
+        if address is None:
             return False
         inbox = Inbox()
         stream.sink = inbox
@@ -84,7 +86,7 @@ class Targets:
         if not self._scheduled:
             self._scheduled = True
             session.loop.call_soon(self._connect_new)
-        self._new[stream] = _Target(session, stream, request.host, request.port, "tcp", address)
+        self._new[stream] = address, _Target(session, stream, request.host, request.port, "tcp", address.ip)
         return True
 
     def _connect_new(self) -> None:
@@ -95,29 +97,29 @@ class Targets:
         """
         self._scheduled = False
         for stream in list(self._new):
-            target = self._new.pop(stream, None)
-            if target is None:  # given up while another was dialed
+            new = self._new.pop(stream, None)
+            if new is None:  # given up while another was dialed
                 continue
+            address, target = new
             try:
-                self._connect(target)
+                self._connect(target, address)
             except Exception as error:  # noqa: BLE001
                 _fail(target, error)
 
-    def _connect(self, target: _Target) -> None:
-        inbox, address = target.inbox, target.address
-        assert address is not None
+    def _connect(self, target: _Target, address: Address) -> None:
+        inbox = target.inbox
         inbox.on_cancel = None
         allow = self._allowed(target.session)
         try:
             allow.check_name(target.host, target.port)
-            sock, connected = begin_dial(address, target.port)
+            sock, connected = begin_dial(address)
         except StreamError as error:
             _refuse(target, error)
             return
         if connected:
             self._join(target, sock)
         else:
-            dialing = Dialing(sock, address, target.port, partial(self._dialed, target, allow))
+            dialing = Dialing(sock, address, partial(self._dialed, target, allow))
             inbox.on_cancel = partial(_give_up, target, dialing)
 
     def _give_up_early(self, stream: MuxStream) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
 
 from konnektor.errors import Code, LocalProtocolError, PeerError
+from konnektor.inbox import Chunks, keep
 from konnektor.mux import MuxStream
 from konnektor.states import Receiving
-from konnektor.stream import Chunks, Stream, keep
+from konnektor.stream import Stream
 
 __all__ = ["StreamTransport", "stream_pair"]
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from konnektor.errors import PeerError
+from konnektor.inbox import Inbox
 from konnektor.mux import MuxStream
 from konnektor.states import Sending
-from konnektor.stream import Inbox, Stream
+from konnektor.stream import Stream
 
 __all__ = ["IDLE", "LEAVING", "UdpRelay", "UdpSocket", "relay_udp"]
 

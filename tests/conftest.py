@@ -52,7 +52,7 @@ def pytest_runtest_setup(item):
         for tool in mark.args:
             needs(tool)
     if item.get_closest_marker("replaces_methods") and not konnektor.mux.__file__.endswith(".py"):
-        pytest.skip("compiled classes do not let their methods be replaced")
+        pytest.skip("what is compiled does not let its methods be replaced")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from bench.peers.relay import run_end
-from konnektor.listening import Acceptor, bind_tcp
+from konnektor.acceptor import Acceptor
+from konnektor.listening import bind_tcp
 from konnektor.scratch import scratch
 from konnektor.socket_transport import SocketTransport
 

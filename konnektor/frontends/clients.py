@@ -9,16 +9,17 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, Final
 
+from konnektor.acceptor import Acceptor
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
-from konnektor.dial import reset_on_close, set_options
+from konnektor.connecting import reset_on_close, set_options
 from konnektor.errors import KonnektorError, SessionClosedError, StreamError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
 from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
 from konnektor.handshake import explain, left_silently, with_alerts
-from konnektor.listening import Acceptor, bind_tcp, bind_udp, bind_unix, bound_name
+from konnektor.listening import bind_tcp, bind_udp, bind_unix, bound_name
 from konnektor.newcomers import Newcomers, Place
 from konnektor.reloading import ReloadingContext
 from konnektor.session import Session

@@ -14,10 +14,11 @@ from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 import anyio
 
+from konnektor.acceptor import Acceptor
 from konnektor.addresses import format_hostport, parse_hostport
 from konnektor.errors import ConfigurationError, ListenError
 from konnektor.limits import MIB
-from konnektor.listening import BACKLOG, Acceptor
+from konnektor.listening import BACKLOG
 from konnektor.testing.links import CutOrder, Link, Socket
 
 __all__ = ["FaultProxy", "ProxiedConnection", "ProxyStats", "Side", "delaying_relay"]

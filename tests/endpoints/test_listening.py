@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from konnektor.acceptor import Acceptor, _allowance
 from konnektor.errors import ListenError
-from konnektor.listening import Acceptor, _allowance, bind_tcp, bind_unix, bound_name
+from konnektor.listening import bind_tcp, bind_unix, bound_name
 from konnektor.socket_transport import SocketTransport
 from tests.endpoints.parts import until
 
@@ -83,7 +84,7 @@ async def test_why(monkeypatch, number, why):
         def bind(self, address):
             raise OSError(number, why) if number else OSError(why)
 
-    monkeypatch.setattr("konnektor.listening.socket.socket", Refusing)
+    monkeypatch.setattr("konnektor.listening._Listening", Refusing)
     with pytest.raises(ListenError, match=why):
         await bind_tcp("127.0.0.1", 80)
 
@@ -98,7 +99,7 @@ async def test_addresses_that_this_machine_lacks_are_left_out(monkeypatch):
             super().bind(address)
 
     resolve_to(monkeypatch, "127.0.0.9", "127.0.0.1")
-    monkeypatch.setattr("konnektor.listening.socket.socket", WithoutSome)
+    monkeypatch.setattr("konnektor.listening._Listening", WithoutSome)
     (sock,) = await bind_tcp("name.test", 0)
     with sock:
         assert sock.getsockname()[0] == "127.0.0.1"
@@ -116,7 +117,7 @@ async def test_the_free_port_may_be_taken_on_the_next_address(monkeypatch, alway
             super().bind(address)
 
     resolve_to(monkeypatch, "127.0.0.1", "127.0.0.2")
-    monkeypatch.setattr("konnektor.listening.socket.socket", Taken)
+    monkeypatch.setattr("konnektor.listening._Listening", Taken)
     if always:
         with pytest.raises(ListenError, match="in use"):
             await bind_tcp("name.test", 0)
@@ -140,7 +141,7 @@ def test_a_stale_socket_that_goes_by_itself(tmp_path, monkeypatch):
             raise ConnectionRefusedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("konnektor.listening.socket.socket", Racing)
+        patch.setattr("konnektor.listening._Listening", Racing)
         listener = bind_unix(path)
     with listener, socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
@@ -193,7 +194,7 @@ async def scripted(*errors):
 
 async def test_the_last_descriptor_was_its_own(monkeypatch, caplog):
     """Whoever is accepted last finds none for what watches it: the connection ends, and the next ones wait."""
-    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    monkeypatch.setattr("konnektor.acceptor.ACCEPT_PAUSE", 0.02)
     (listener,) = await bind_tcp("127.0.0.1", 0)
     accepted = []
 
@@ -212,7 +213,7 @@ async def test_the_last_descriptor_was_its_own(monkeypatch, caplog):
 
 
 async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
-    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    monkeypatch.setattr("konnektor.acceptor.ACCEPT_PAUSE", 0.02)
     accepted = []
     no_more = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     listener = await scripted(no_more, no_more, no_more)
@@ -232,13 +233,14 @@ async def test_out_of_descriptors_it_pauses(monkeypatch, caplog):
         sock.close()
 
 
+@pytest.mark.replaces_methods
 async def test_a_modest_listener_leaves_the_last_descriptors_to_others(monkeypatch, caplog):
-    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    monkeypatch.setattr("konnektor.acceptor.ACCEPT_PAUSE", 0.02)
     accepted = []
     (listener,), (other,) = await bind_tcp("127.0.0.1", 0), await bind_tcp("127.0.0.1", 0)
     with socket.socket() as lowest, contextlib.ExitStack() as stack:
         free = lowest.fileno()
-        monkeypatch.setattr("konnektor.listening._allowance", lambda: free)
+        monkeypatch.setattr("konnektor.acceptor._allowance", lambda: free)
         modest = Acceptor(listener, lambda sock, _: accepted.append(sock), modest=True)
         client = stack.enter_context(socket.create_connection(listener.getsockname()))
         client.setblocking(False)
@@ -249,7 +251,7 @@ async def test_a_modest_listener_leaves_the_last_descriptors_to_others(monkeypat
         assert [r.getMessage() for r in caplog.records] == [
             f"cannot accept on {modest.name}: the last descriptors are kept for workers; raise the limit of open files"
         ]
-        monkeypatch.setattr("konnektor.listening._allowance", lambda: 1 << 20)
+        monkeypatch.setattr("konnektor.acceptor._allowance", lambda: 1 << 20)
         stack.enter_context(socket.create_connection(listener.getsockname()))
         await until(lambda: len(accepted) == 2)
     for acceptor in (modest, greedy):
@@ -262,13 +264,13 @@ async def test_a_modest_listener_leaves_the_last_descriptors_to_others(monkeypat
     ("soft", "allowed"), [(80, 60), (1024, 768), (1 << 19, (1 << 19) - 1024), (resource.RLIM_INFINITY, sys.maxsize)]
 )
 def test_how_many_descriptors_are_for_modest_listeners(monkeypatch, soft, allowed):
-    monkeypatch.setattr("konnektor.listening.resource.getrlimit", lambda _: (soft, soft))
+    monkeypatch.setattr("konnektor.acceptor.resource.getrlimit", lambda _: (soft, soft))
     assert _allowance() == allowed
 
 
 async def test_the_end_of_a_pause_for_descriptors_does_not_end_another(monkeypatch):
     """Resumed by its owner meanwhile, and paused again, it stays so."""
-    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.02)
+    monkeypatch.setattr("konnektor.acceptor.ACCEPT_PAUSE", 0.02)
     accepted = []
     listener = await scripted(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
     acceptor = Acceptor(listener, lambda sock, _: accepted.append(sock))

@@ -153,7 +153,7 @@ async def test_closing(hear):
 @pytest.mark.parametrize("first", [b"", b"x"])
 async def test_there_is_nothing_left_to_watch_one_with(monkeypatch, first):
     """Whose socket is closed, and whose place is free again."""
-    monkeypatch.setattr("konnektor.listening.ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr("konnektor.acceptor.ACCEPT_PAUSE", 0.01)
     async with listening() as n:
 
         def fail(sock, _, place):

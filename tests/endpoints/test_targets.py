@@ -7,6 +7,7 @@ import pytest
 
 import konnektor as kk
 import konnektor.targets
+from konnektor.stream_types import StreamType
 from konnektor.targets import Targets, begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
 from tests.session.pairs import assert_options
@@ -17,7 +18,7 @@ from tests.session.test_dial import silent
 def connecting(request, monkeypatch):
     """Connections on loopback are there at once; ``later`` has them awaited all the same."""
     if request.param == "later":
-        monkeypatch.setattr("konnektor.dial._is_connected", lambda _sock: False)
+        monkeypatch.setattr("konnektor.connecting._is_connected", lambda _sock: False)
     return request.param
 
 
@@ -28,6 +29,7 @@ def at_rest(t):
     return not mux.streams and not targets._new and not targets._open and mux.admission.retired == mux.admission.taken
 
 
+@pytest.mark.replaces_methods
 async def test_no_stream_to_an_address_needs_a_task(certs, connecting):
     async with target() as echo, target(Goodbye) as polite, tunnel(certs) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port, early=True)
@@ -56,16 +58,17 @@ def held(monkeypatch):
     return dial
 
 
+@pytest.mark.replaces_methods
 async def test_a_target_has_its_first_bytes_before_the_next_is_dialed(certs, held, monkeypatch):
     first = []
 
-    def watching(address, port):
+    def watching(address):
         if dialed:
             with dialed[0].accept()[0] as reached:
                 reached.settimeout(10)
                 first.append(reached.recv(99))
         dialed.append(listening)
-        return begin_dial(address, port)
+        return begin_dial(address)
 
     monkeypatch.setattr("konnektor.targets.begin_dial", watching)
     dialed = []
@@ -84,6 +87,7 @@ async def test_a_target_has_its_first_bytes_before_the_next_is_dialed(certs, hel
                 stream.close()
 
 
+@pytest.mark.replaces_methods
 @pytest.mark.parametrize("how", ["cancel", "close", "abort"])
 async def test_who_gives_up_before_the_dial_leaves_nothing(certs, held, how):
     async with target() as echo, tunnel(certs, limits=kk.Limits(resume_grace=0)) as t:
@@ -100,13 +104,14 @@ async def test_who_gives_up_before_the_dial_leaves_nothing(certs, held, how):
         assert not echo.made and not targets._open
 
 
+@pytest.mark.replaces_methods
 async def test_the_session_ends_while_the_first_of_two_is_dialed(certs, held, monkeypatch):
     async with target() as echo, tunnel(certs, limits=kk.Limits(resume_grace=0)) as t:
         client, targets = t.worker.sessions[0], t.worker._targets
 
-        def ending(address, port):
+        def ending(address):
             client.abort()
-            return begin_dial(address, port)
+            return begin_dial(address)
 
         monkeypatch.setattr("konnektor.targets.begin_dial", ending)
         opening = [asyncio.create_task(t.session.open_tcp("127.0.0.1", echo.port)) for _ in range(2)]
@@ -145,6 +150,7 @@ async def test_the_opener_gives_up_while_the_target_is_dialed(certs, early):
             await until(lambda: mux.admission.taken == 1 and at_rest(t))
 
 
+@pytest.mark.replaces_methods
 async def test_the_opener_gives_up_with_its_open(certs, connecting):
     """OPEN and STOP in one reading."""
     async with target() as echo, tunnel(certs) as t:
@@ -165,7 +171,8 @@ async def test_the_deadline_ends_a_dial(certs):
 
 @pytest.mark.parametrize("host", ["evil\rINFO forged", "\x1b[2Jred", "a\u2028b", "a\nb:c", "127.1"])
 async def test_what_a_peer_calls_a_host_is_quoted_in_the_log(certs, log, monkeypatch, host):
-    monkeypatch.setattr("konnektor.stream_types.parse_host", str)  # an honest peer would not send it
+    # An honest peer would not send it.
+    monkeypatch.setattr("konnektor.stream_types._header", lambda kind, host, port: StreamType.encode(kind(host, port)))
     async with tunnel(certs) as t:
         for open_stream in (t.session.open_tcp, t.session.open_udp):
             with pytest.raises(kk.StreamError):
@@ -191,11 +198,12 @@ async def test_the_session_ends_while_a_target_is_dialed(certs, end):
             await client.wait_closed()
 
 
+@pytest.mark.replaces_methods
 async def test_the_rules_change_while_an_address_is_dialed(certs, monkeypatch, connecting):
     async with target() as echo, tunnel(certs) as t:
 
-        def meanwhile(address, port):
-            sock, _ = begin_dial(address, port)
+        def meanwhile(address):
+            sock, _ = begin_dial(address)
             t.worker.set_allow([])
             return sock, False
 
@@ -207,6 +215,7 @@ async def test_the_rules_change_while_an_address_is_dialed(certs, monkeypatch, c
         assert at_rest(t)
 
 
+@pytest.mark.replaces_methods
 async def test_a_target_whose_connection_cannot_be_joined(certs, monkeypatch, connecting, log):
     """A defect ends its own stream alone."""
     join = konnektor.targets.join

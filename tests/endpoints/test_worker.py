@@ -98,7 +98,7 @@ async def test_what_targets_answer(certs, monkeypatch):
             raise OSError(24, "Too many open files")
 
         with monkeypatch.context() as patch, pytest.raises(kk.LimitError):
-            patch.setattr("konnektor.dial.socket.socket", no_socket)
+            patch.setattr("konnektor.connecting.socket.socket", no_socket)
             await t.session.open_tcp("127.0.0.1", 1)
 
 
@@ -556,10 +556,13 @@ async def test_no_stream_is_called_cut_off_that_ended_within_the_grace(certs, lo
     assert not any("cut off" in line for line in log())
 
 
+@pytest.mark.replaces_methods
 async def test_drain_waits_for_a_slow_target(certs, monkeypatch):
     """The stream is over, and so is the session, but its last bytes have not left this process."""
     size = 32 * 1024  # as much as may be sent before the target takes any
-    monkeypatch.setattr("konnektor.dial.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096))
+    monkeypatch.setattr(
+        "konnektor.connecting.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    )
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)

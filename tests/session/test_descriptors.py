@@ -14,7 +14,7 @@ import socket
 import pytest
 
 import konnektor as kk
-from konnektor.dial import reset_on_close
+from konnektor.connecting import reset_on_close
 from konnektor.handshake import with_alerts
 from konnektor.session import Session
 from konnektor.udp_relay import UdpSocket

@@ -10,16 +10,17 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from konnektor import connecting
 from konnektor import dial as dial_module
 from konnektor.addresses import IPAddress
-from konnektor.dial import MAX_ADDRESSES, Dialing, begin_dial, dial
+from konnektor.connecting import Address, Dialing, begin_dial, literal
+from konnektor.dial import MAX_ADDRESSES, dial
 from konnektor.errors import (
     ConnectRefusedError,
     DeniedError,
@@ -152,10 +153,11 @@ async def test_a_dialed_socket_is_ready_for_use(host: str) -> None:
         assert_options(sock)
 
 
+@pytest.mark.replaces_methods
 async def test_options_that_a_platform_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     idle = socket.TCP_KEEPIDLE
     monkeypatch.delattr(socket, "TCP_KEEPIDLE")
-    monkeypatch.setattr(dial_module, "_OPTIONS", dial_module._options())
+    monkeypatch.setattr(connecting, "_OPTIONS", connecting._options())
     with listening() as port, await dial("127.0.0.1", port) as sock:
         assert sock.getsockopt(socket.IPPROTO_TCP, idle) != 30
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
@@ -397,6 +399,7 @@ async def test_a_socket_reset_at_once_is_left_to_its_reader(monkeypatch: pytest.
         sock.getpeername()
 
 
+@pytest.mark.replaces_methods
 @pytest.mark.parametrize("turns", range(12))
 @pytest.mark.parametrize("hosts", [("127.0.0.1",), ("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1", "127.0.0.2")])
 async def test_cancelling_at_any_turn_leaves_nothing(
@@ -416,7 +419,7 @@ async def test_cancelling_at_any_turn_leaves_nothing(
         def __getattr__(self, name: str) -> Any:
             return getattr(socket, name)
 
-    monkeypatch.setattr(dial_module, "socket", Module())
+    monkeypatch.setattr(connecting, "socket", Module())
     tasks = asyncio.all_tasks()
     with listening("127.0.0.1") as port:
         dialing = asyncio.ensure_future(dial("db.example", port, within=60))
@@ -469,23 +472,30 @@ async def test_cancelling_as_the_winner_comes_in_closes_it(
 # Without a task
 
 
-def outcome(sock: socket.socket, host: str, port: int) -> tuple[Dialing, asyncio.Future[socket.socket | StreamError]]:
+def at(host: str, port: int) -> Address:
+    address = literal(host, port)
+    assert address is not None
+    return address
+
+
+def outcome(sock: socket.socket, address: Address) -> tuple[Dialing, asyncio.Future[socket.socket | StreamError]]:
     """What becomes of a socket that is connecting."""
     future: asyncio.Future[socket.socket | StreamError] = asyncio.get_running_loop().create_future()
-    return Dialing(sock, ip_address(host), port, future.set_result), future
+    return Dialing(sock, address, future.set_result), future
 
 
+@pytest.mark.replaces_methods
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_an_address_needs_no_task(host: str, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:
-        monkeypatch.setattr(dial_module, "_is_connected", lambda _sock: False)
+        monkeypatch.setattr(connecting, "_is_connected", lambda _sock: False)
     tasks = asyncio.all_tasks()
     with listening(host) as port:
-        sock, connected = begin_dial(ip_address(host), port)
+        sock, connected = begin_dial(at(host, port))
         assert connected is at_once
         if not connected:
-            assert await outcome(sock, host, port)[1] is sock
+            assert await outcome(sock, at(host, port))[1] is sock
             assert not asyncio.get_running_loop().remove_writer(sock.fileno())
         assert asyncio.all_tasks() == tasks
         with sock:
@@ -496,9 +506,9 @@ async def test_an_address_needs_no_task(host: str, at_once: bool, monkeypatch: p
 
 async def test_a_refusal_needs_no_task() -> None:
     port = unused_port()
-    sock, connected = begin_dial(ip_address("127.0.0.1"), port)
+    sock, connected = begin_dial(at("127.0.0.1", port))
     assert not connected
-    error = await outcome(sock, "127.0.0.1", port)[1]
+    error = await outcome(sock, at("127.0.0.1", port))[1]
     assert isinstance(error, ConnectRefusedError)
     assert str(error) == f"127.0.0.1:{port}: ECONNREFUSED"
     assert sock.fileno() == -1
@@ -511,12 +521,12 @@ async def test_a_refusal_needs_no_task() -> None:
 async def test_what_fails_at_once(number: int, cls: type[StreamError], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect_ex", lambda _sock, _address: number)
     with pytest.raises(cls, match=rf"127\.0\.0\.1:9: {errno.errorcode[number]}"):
-        begin_dial(ip_address("127.0.0.1"), 9)
+        begin_dial(at("127.0.0.1", 9))
 
 
 async def test_no_descriptor_left_for_an_address() -> None:
     with no_more_descriptors(), pytest.raises(LimitError):
-        begin_dial(ip_address("127.0.0.1"), 9)
+        begin_dial(at("127.0.0.1", 9))
 
 
 async def test_an_address_that_meets_itself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,14 +538,14 @@ async def test_an_address_that_meets_itself_is_a_refusal(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(socket.socket, "connect_ex", connect_ex)
     with pytest.raises(ConnectRefusedError):
-        begin_dial(ip_address("127.0.0.1"), unused_port())
+        begin_dial(at("127.0.0.1", unused_port()))
 
 
 async def test_an_address_given_up_leaves_nothing() -> None:
     with silent("127.0.0.1") as port:
-        sock, connected = begin_dial(ip_address("127.0.0.1"), port)
+        sock, connected = begin_dial(at("127.0.0.1", port))
         assert not connected
-        dialing, future = outcome(sock, "127.0.0.1", port)
+        dialing, future = outcome(sock, at("127.0.0.1", port))
         await asyncio.sleep(0.01)
         number = sock.fileno()
         dialing.cancel()
@@ -549,8 +559,8 @@ async def test_a_loop_that_cannot_watch_a_socket_has_it_closed(monkeypatch: pyte
         raise OSError(errno.ENOSPC, "x")
 
     with silent("127.0.0.1") as port:
-        sock, _ = begin_dial(ip_address("127.0.0.1"), port)
+        sock, _ = begin_dial(at("127.0.0.1", port))
         with monkeypatch.context() as patch, pytest.raises(OSError, match="x"):
             patch.setattr(asyncio, "get_running_loop", lambda: SimpleNamespace(add_writer=add_writer))
-            Dialing(sock, ip_address("127.0.0.1"), port, lambda _: None)
+            Dialing(sock, at("127.0.0.1", port), lambda _: None)
         assert sock.fileno() == -1

@@ -31,6 +31,24 @@ def test_round_trip():
     assert Udp.decode(Udp("db", 53).encode()) == Udp("db", 53)
 
 
+def test_what_was_sent_before_excuses_nothing():
+    assert Tcp("db", 1).encode() == Tcp("db", 1).encode() == Udp("db", 1).encode()
+    for request in (Tcp("db", True), Udp("db", 1.0)):  # equal to 1
+        with pytest.raises(ConfigurationError, match=r"port takes `int`"):
+            request.encode()
+
+
+def test_a_subclass_of_a_destination_keeps_its_fields():
+    class Labelled(Tcp):
+        name = "labelled@acme.example"
+        label: str = ""
+
+    assert Labelled.decode(Labelled("db", 1, "x").encode()) == Labelled("db", 1, "x")
+    assert Labelled.decode(Labelled("db", 1).encode()) == Labelled("db", 1)
+    with pytest.raises(ConfigurationError, match="neither an IP address nor a DNS name"):
+        Labelled("127.1", 1).encode()
+
+
 def test_who_carries_datagrams():
     assert (Tcp.datagrams, Udp.datagrams, Exec.datagrams) == (False, True, False)
 
