@@ -125,6 +125,7 @@ async def test_the_rules_change_while_a_target_is_dialed(certs, monkeypatch):
         assert not t.worker._targets._open
 
 
+@pytest.mark.replaces_methods
 async def test_what_was_dialed_is_judged_though_nobody_knows_its_address(certs, monkeypatch):
     """It was reset before it could be asked: no rule can be shown to allow it."""
     monkeypatch.setattr("konnektor.targets._peer_address", lambda _sock: None)

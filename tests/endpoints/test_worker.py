@@ -124,6 +124,7 @@ async def test_the_opener_gives_up_in_the_last_moment(certs, monkeypatch):
         assert not t.worker._targets._open
 
 
+@pytest.mark.replaces_methods
 async def test_a_target_that_cannot_be_joined_is_forgotten(certs, monkeypatch, log):
     async def splice(_stream, sock, **_):
         sock.close()
