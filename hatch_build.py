@@ -1,4 +1,4 @@
-"""Compiles what runs for every frame while a wheel is built, if there is a C compiler.
+"""Compiles what runs for every frame and every new stream while a wheel is built, if there is a C compiler.
 
 The source is the same, and runs as it is where it is not compiled: in a checkout that is installed with
 ``--editable``, and where there is no compiler. ``KONNEKTOR_COMPILE=never`` leaves it as it is, ``always`` makes it an error
