@@ -59,7 +59,7 @@ class Address(NamedTuple):
         return format_hostport(self.ip, self.sockaddr[1])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def literal(host: str, port: int) -> Address | None:
     """Of a host that is an IP address; None of a name.
 

@@ -135,14 +135,18 @@ def test_a_stale_socket_that_goes_by_itself(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(path)
 
+    gone = []
+
     class Racing(socket.socket):
         def connect(self, address):
             Path(address).unlink()
+            gone.append(address)
             raise ConnectionRefusedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("konnektor.listening._Listening", Racing)
+        patch.setattr("konnektor.listening.socket.socket", Racing)
         listener = bind_unix(path)
+    assert gone == [path]
     with listener, socket.socket(socket.AF_UNIX) as client:
         client.connect(path)
         assert client.getpeername() == path

@@ -14,7 +14,7 @@ from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
 
 
-@pytest.fixture(params=["at once", "later"])
+@pytest.fixture(params=["at once", pytest.param("later", marks=pytest.mark.replaces_methods)])
 def connecting(request, monkeypatch):
     """Connections on loopback are there at once; ``later`` has them awaited all the same."""
     if request.param == "later":
@@ -29,7 +29,6 @@ def at_rest(t):
     return not mux.streams and not targets._new and not targets._open and mux.admission.retired == mux.admission.taken
 
 
-@pytest.mark.replaces_methods
 async def test_no_stream_to_an_address_needs_a_task(certs, connecting):
     async with target() as echo, target(Goodbye) as polite, tunnel(certs) as t:
         stream = await t.session.open_tcp("127.0.0.1", echo.port, early=True)
@@ -150,7 +149,6 @@ async def test_the_opener_gives_up_while_the_target_is_dialed(certs, early):
             await until(lambda: mux.admission.taken == 1 and at_rest(t))
 
 
-@pytest.mark.replaces_methods
 async def test_the_opener_gives_up_with_its_open(certs, connecting):
     """OPEN and STOP in one reading."""
     async with target() as echo, tunnel(certs) as t:
