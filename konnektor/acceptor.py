@@ -31,7 +31,7 @@ _OF_ONE_CONNECTION: Final = frozenset(
 )  # fmt: skip
 
 
-logger: Final = logging.getLogger("konnektor.listening")  # as it is called where it is configured
+logger: Final = logging.getLogger("konnektor.listening")  # the name that log configurations know
 
 
 class Acceptor:
