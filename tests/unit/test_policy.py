@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from ipaddress import ip_address
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from konnektor.errors import ConfigurationError, DeniedError
 from konnektor.policy import AllowList, AllowRule, parse_allow, parse_grant_from, tcp, udp
+from konnektor.priorities import parse_priority
 
 
 def allows(rules: str, host: str, port: int, address: str | None = None) -> bool:
@@ -304,3 +307,18 @@ def test_a_peer_that_asks_for_all_that_is_allowed_fills_no_memory() -> None:
         rules.check_name("10.0.0.7", port)
         assert len(rules._allowed) <= 1024
     rules.check_name("10.0.0.7", 1)
+
+
+# What a compiled class would not do (pyproject.toml lists none of these modules)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda rule: pickle.loads(pickle.dumps(rule))])
+@pytest.mark.parametrize("rule", [parse_allow("10.0.0.0/8:80,443"), parse_priority("*:10250=interactive")])
+def test_a_rule_can_be_copied(rule, again):
+    assert again(rule) == rule
+
+
+@pytest.mark.parametrize("ports", [[80, 443], range(1, 3), 80.0, None])
+def test_ports_of_another_kind_get_a_sentence(ports):
+    with pytest.raises(ConfigurationError, match="write ports as"):
+        tcp("10.0.0.0/8", ports)
