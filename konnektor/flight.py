@@ -35,6 +35,8 @@ import math
 from collections import deque
 from typing import Final
 
+from konnektor.limits import FULL_FRAME
+
 __all__ = ["FRAME_FLOOR", "Flight"]
 
 FRAME_FLOOR: Final = 4096
@@ -54,7 +56,7 @@ AGREEING: Final = 3
 """Clean PINGs in a row that say that the path is longer than it was, and the older ones of no use."""
 LONGER: Final = 1.25
 """They do if each took so many times the shortest, and ``SLACK_LOOSE``: the tightest gain covers less."""
-CLEAN_FLIGHT: Final = 64 * 1024
+CLEAN_FLIGHT: Final = FULL_FRAME
 """A PING sent behind no more than this measures the path rather than our own queue."""
 LONGEST: Final = 10.0
 """Seconds of the longest round trip that is believed."""
@@ -180,12 +182,12 @@ class Flight:
         self._batched = self.sent
         self._batches.append((self.sent, now, self.delivered, self._acked_at, self._first_sent_at, limited))
 
-    def on_interactive(self, now: float) -> None:
-        """A small stream was served while bulky ones waited.
+    def on_interactive(self, now: float, *, declared: bool = False) -> None:
+        """A small stream was served while bulky ones waited; ``declared`` if its class says that it is interactive.
 
-        Once proves nothing: by then it was served. Bulk gives way for the sake of those that follow.
+        Bulk gives way for the sake of those that follow: by now it was served. Where nobody has said so, once proves nothing.
         """
-        self.tight = now - self._interactive_at < INTERACTIVE_FOR
+        self.tight = declared or now - self._interactive_at < INTERACTIVE_FOR
         self._interactive_at = now
 
     def pause_wanted(self, now: float) -> bool:

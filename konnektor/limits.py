@@ -9,11 +9,16 @@ from typing import Final
 
 from konnektor.errors import ConfigurationError
 
-__all__ = ["KIB", "MAX_DEADLINE", "MIB", "Limits", "bounds", "format_size", "parse_size"]
+__all__ = ["FULL_FRAME", "KIB", "MAX_DEADLINE", "MIB", "Limits", "bounds", "format_size", "parse_size"]
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
+
+FULL_FRAME: Final = 61 * KIB
+"""Bytes of the longest frame that is sent, header included. With what TLS adds it is one segment of TCP, as Linux hands them down
+before they are cut to packets: 62,636 bytes where those are of 9,000, 65,160 where they are of 1,500, 65,483 on loopback. A write
+that is a little longer ends in another one, which costs as much as a whole one does."""
 
 MAX_DEADLINE: Final = 300.0
 """Seconds that an OPEN may wait for its answer, at most."""
@@ -84,11 +89,11 @@ class Limits:
     receive_pool: int = 64 * MIB
     max_window: int = 64 * MIB
     send_queue: int = 64 * KIB
-    ack_bytes: int = 64 * KIB
+    ack_bytes: int = FULL_FRAME
     ack_delay: float = 0.025
     hello_timeout: float = 10.0
     open_deadline: float = 30.0
-    flight_floor: int = 256 * KIB
+    flight_floor: int = 4 * FULL_FRAME
     resume_grace: float = 60.0
     replay_buffer: int = 16 * MIB
 

@@ -29,8 +29,9 @@ from konnektor.frames import (
     Streams,
     data_header,
 )
+from konnektor.limits import FULL_FRAME
 from konnektor.mux_stream import MuxStream
-from konnektor.scheduler import FRESH, FRESH_RUN, IDLE
+from konnektor.scheduler import FRESH, FRESH_RUN, IDLE, INTERACTIVE
 from konnektor.states import (
     EVENT_DO_FINISH,
     EVENT_SENT_END,
@@ -52,11 +53,12 @@ __all__ = ["BATCH", "Outbound", "joined"]
 _DATAGRAM: Final = int(FrameType.DATAGRAM)
 _DEADLINE: Final = int(OpenTLV.DEADLINE)
 
-BATCH: Final = 256 * 1024
-"""Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size.
+BATCH: Final = 4 * FULL_FRAME
+"""Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size. uvloop
+reads 256 KiB at once, so one that comes by itself is taken in whole.
 (Blocks of this size are cheap only where the allocator keeps them: see runtime.py.)"""
 
-TIGHT_BATCH: Final = 64 * 1024
+TIGHT_BATCH: Final = FULL_FRAME
 """The same while an interactive stream is active beside bulk: what it has to say waits for the end of a batch."""
 
 RECORD: Final = 16 * 1024
@@ -65,8 +67,8 @@ RECORD: Final = 16 * 1024
 LARGE: Final = 2 * RECORD
 """Payloads from this size on are not copied to be joined with others."""
 
-PAYLOAD: Final = 64 * 1024 - HEADER_SIZE
-"""Largest DATA payload sent: with its header it fills four TLS records exactly."""
+PAYLOAD: Final = FULL_FRAME - HEADER_SIZE
+"""Largest DATA payload sent."""
 
 FRESH_PAYLOAD: Final = 16 * 1024
 """Largest DATA payload that may pass the cap on bytes in flight, for a stream that was idle."""
@@ -351,7 +353,7 @@ class Outbound:
         scheduler, flight = mux.scheduler, mux.flight
         cap = flight.cap(now)
         frame_limit = 0
-        interactive = False
+        interactive = declared = False
         if cap > mux.limits.replay_buffer and mux.resumption.replay is not None:
             cap = min(cap, mux.resumption.room)
         if scheduler.fresh and not scheduler.waiting:
@@ -375,7 +377,9 @@ class Outbound:
             if stream.datagrams is not None:
                 if stream.datagrams and mux.may_send_datagrams(stream):
                     size += self._datagram(stream, stream.datagrams, parts, now)
-                    interactive = interactive or (hurried and stream.place == IDLE)
+                    if hurried and stream.place == IDLE:
+                        interactive = True
+                        declared = declared or stream.priority == INTERACTIVE
                     continue
                 if not mux.has_to_send(stream):
                     # What it had was dropped meanwhile: others' were newer.
@@ -425,10 +429,11 @@ class Outbound:
             if hurried and not left:
                 # All it had: the beginning of something bulky is as much ahead, and no reason to hold others back.
                 interactive = True
+                declared = declared or stream.priority == INTERACTIVE
             if stream.room_wanted and stream.queued <= stream.low_water:
                 stream.has_room()
         if interactive:
-            flight.on_interactive(now)
+            flight.on_interactive(now, declared=declared)
         if flight.report_wanted and not mux.liveness.ping_out:
             # It goes ahead of the next batch.
             mux.wake()

@@ -18,23 +18,29 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-__all__ = ["FRESH", "FRESH_RUN", "IDLE", "Flow", "Scheduler"]
+from konnektor.limits import FULL_FRAME
+
+__all__ = ["FRESH", "FRESH_RUN", "IDLE", "INTERACTIVE", "Flow", "Scheduler"]
 
 IDLE: Final = 0
 FRESH: Final = 1
 WAITING: Final = 2
 
-SHARES: Final = (8, 4, 1)
-QUANTUM: Final = 16 * 1024
-"""Bytes of one share."""
+INTERACTIVE: Final = 0
+"""The class whose streams say that delay matters to them."""
 
-BUCKET: Final = 64 * 1024
+SHARES: Final = (8, 4, 1)
+"""Of each class."""
+QUANTUM: Final = FULL_FRAME // 4
+"""Bytes of one share: by default a stream's turn is one full frame."""
+
+BUCKET: Final = FULL_FRAME
 """A stream that sent this much beyond its refill is bulky."""
 
 REFILL: Final = 4 * 1024 * 1024
 """Bytes a second that any stream may send without turning bulky."""
 
-FRESH_RUN: Final = 256 * 1024
+FRESH_RUN: Final = 4 * FULL_FRAME
 """Bytes fresh streams may send in a row while others wait."""
 
 

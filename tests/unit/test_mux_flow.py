@@ -4,8 +4,8 @@ import pytest
 
 from konnektor.errors import Code
 from konnektor.frames import Credit, Data, FrameType, Ping, Priority, scan
-from konnektor.limits import KIB, MIB, Limits
-from konnektor.mux import PAYLOAD
+from konnektor.limits import FULL_FRAME, KIB, MIB, Limits
+from konnektor.mux import BATCH, PAYLOAD
 from tests.pair import Pair
 from tests.unit.test_mux_streams import frames_of
 
@@ -91,8 +91,40 @@ def test_beside_an_interactive_stream_bulk_goes_in_smaller_batches():
         assert bulk.hurried == talk.hurried == again
     bulk.write(b"x" * 300 * KIB)
     mux.flight.in_flight = 0  # all of it has arrived
-    assert 64 * KIB <= len(mux.data_to_send(pair.now)) < 2 * 64 * KIB
-    assert len(mux.data_to_send(pair.now, KIB)) < 2 * 64 * KIB
+    assert FULL_FRAME <= len(mux.data_to_send(pair.now)) < 2 * FULL_FRAME
+    assert len(mux.data_to_send(pair.now, KIB)) < 2 * FULL_FRAME
+
+
+@pytest.mark.parametrize("priority", [0, 1, 2])
+@pytest.mark.parametrize("datagrams", [False, True])
+def test_a_stream_of_the_interactive_class_is_believed_at_once(priority, datagrams):
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    bulk, _ = pair.open()
+    talk, _ = pair.open(priority=priority, datagrams=datagrams)
+    mux = pair.client.mux
+    bulk.write(b"x" * 300 * KIB)
+    mux.data_to_send(pair.now)
+    assert not bulk.hurried
+    mux.flight.in_flight = 0  # all of it has arrived
+    (talk.send_datagram if datagrams else talk.write)(b"y")
+    bulk.write(b"x" * 300 * KIB)
+    mux.data_to_send(pair.now)
+    assert bulk.hurried == (priority == 0)
+
+
+def test_by_default_a_turn_is_one_full_frame():
+    pair = Pair(Limits(initial_window=MIB, initial_streams=8))
+    mux = pair.client.mux
+    streams = [pair.open()[0] for _ in range(3)]
+    for stream in streams:
+        stream.write(b"x" * 400 * KIB)
+    sizes = []
+    while sum(sizes) < 900 * KIB:
+        mux.flight.in_flight = 0  # all of it has arrived
+        sizes += [size for size, _ in payloads(mux.data_to_send(pair.now))]
+    assert set(sizes) == {PAYLOAD}
+    sent = [stream.send_window.sent for stream in streams]
+    assert max(sent) - min(sent) <= PAYLOAD
 
 
 @pytest.mark.parametrize("window", [32 * KIB, MIB])
@@ -144,11 +176,11 @@ def test_a_batch_that_takes_all_there_was_needs_no_other():
     pair, ours = bulky()
     mux = pair.client.mux
     ours.write(bytes(4 * PAYLOAD))
-    assert len(mux.data_to_send(pair.now)) == 256 * KIB
+    assert len(mux.data_to_send(pair.now)) == BATCH
     assert not mux.awake
     mux.flight.in_flight = 0  # all of it has arrived
     ours.write(bytes(4 * PAYLOAD + 1))
-    assert len(mux.data_to_send(pair.now)) == 256 * KIB
+    assert len(mux.data_to_send(pair.now)) == BATCH
     assert mux.awake
 
 
