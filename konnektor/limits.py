@@ -18,7 +18,7 @@ GIB: Final = 1024 * MIB
 FULL_FRAME: Final = 61 * KIB
 """Bytes of the longest frame that is sent, header included. With what TLS adds it is one segment of TCP, as Linux hands them down
 before they are cut to packets: 62,636 bytes where those are of 9,000, 65,160 where they are of 1,500, 65,483 on loopback. A write
-that is a little longer ends in another one, which costs as much as a whole one does."""
+that is a little longer ends in another one, of next to nothing."""
 
 MAX_DEADLINE: Final = 300.0
 """Seconds that an OPEN may wait for its answer, at most."""

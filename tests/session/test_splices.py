@@ -126,7 +126,7 @@ async def test_of_large_frames_only_what_the_socket_does_not_take_waits_for_cred
     assert window.received - window.consumed == kept + 4 * PAYLOAD
     while window.received > window.consumed:
         assert await recv(outer)
-    pair.client.inject(Data(ours.id, b"", 1))
+    pair.client.inject(Data(ours.id, b"", 1))  # or the clean end of the socket would leave the stream half open
     outer.close()
     await ended.wait()
 

@@ -7,7 +7,7 @@ import pytest
 from konnektor.credit import TURN
 from konnektor.errors import PeerTimeoutError
 from konnektor.frames import Data, Ping
-from konnektor.limits import KIB, MIB, Limits
+from konnektor.limits import FULL_FRAME, KIB, MIB, Limits
 from konnektor.mux import PAYLOAD
 from konnektor.outbound import FRESH_PAYLOAD
 from tests.link import Link, Meter
@@ -171,7 +171,7 @@ def test_small_requests_beside_bulk_wait_for_what_the_cap_allows(back):
     took = sorted(ask(link, 500))
     assert took[len(took) // 2] < 1.5 * 0.010
     # The round trip, the floor of the cap, and one frame that goes beyond it.
-    assert took[-1] < 0.010 + (256 * KIB + PAYLOAD) / link.rate
+    assert took[-1] < 0.010 + (4 * FULL_FRAME + PAYLOAD) / link.rate
 
 
 def test_the_cap_does_not_collapse_when_the_round_trip_rises_from_10_to_80_ms():
