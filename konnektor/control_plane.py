@@ -439,7 +439,7 @@ class ControlPlane(Endpoint):
                 check_peer=lambda session: self._check_peer(session, peer),
                 check_hello=check_hello,
                 find_session=self._resumable.get,
-                classify=self._priorities.of,
+                classify=self._classify,
             )
         except HandshakeError as error:
             if left_silently(context, error.__cause__):

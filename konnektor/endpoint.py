@@ -66,7 +66,8 @@ class Endpoint(ABC):
     ) -> None:
         _expect("tls", tls, TLSFiles)
         self.limits = checked_limits(limits)
-        self._priorities = Priorities(priorities)
+        rules = Priorities(priorities)
+        self._classify = rules.of if rules.rules else None
         self.identity: Identity = tls.identity()
 
         def build_as_before() -> ssl.SSLContext:

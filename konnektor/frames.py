@@ -176,7 +176,7 @@ _GOAWAY_BODY = Struct(">III")
 _HELLO_BODY = Struct(">4sBBH32s")
 _RESUME_BODY = Struct(">16sIQ32s")
 _RESUMED_BODY = Struct(">Q32s")
-_TLV = Struct(">HH")
+_TLV_HEADER: Final = 4
 _CREDIT_FRAME = Struct(">BBHIQ")
 
 data_header: Final[Callable[[int, int, int, int], bytes]] = HEADER.pack
@@ -213,12 +213,13 @@ def is_grease(tlv_id: int) -> bool:
 
 def encode_tlvs(tlvs: Mapping[int, bytes]) -> bytes:
     """``id:u16 len:u16 value`` for each, in the mapping's order."""
-    if not tlvs:  # as in most ACCEPTs
-        return b""
-    return b"".join(_TLV.pack(tlv_id, len(value)) + value for tlv_id, value in tlvs.items())
+    encoded = b""
+    for tlv_id, value in tlvs.items():
+        encoded += tlv_id.to_bytes(2, "big") + len(value).to_bytes(2, "big") + value
+    return encoded
 
 
-def decode_tlvs(raw: memoryview) -> dict[int, bytes]:
+def decode_tlvs(raw: Buffer) -> dict[int, bytes]:
     """The TLVs of a HELLO, OPEN or ACCEPT.
 
     Raises:
@@ -226,17 +227,20 @@ def decode_tlvs(raw: memoryview) -> dict[int, bytes]:
         FrameSizeError: a TLV runs over the frame's end.
     """
     tlvs: dict[int, bytes] = {}
-    pos, end = 0, len(raw)
+    # Of bytes, compiled code takes numbers and slices without a call: a third of what an OPEN takes to read was a struct's.
+    data = bytes(raw)
+    pos, end = 0, len(data)
     while pos < end:
-        if end - pos < _TLV.size:
+        if end - pos < _TLV_HEADER:
             raise FrameSizeError("a TLV is cut off by the end of its frame")
-        tlv_id, length = _TLV.unpack_from(raw, pos)
-        pos += _TLV.size
+        tlv_id = data[pos] << 8 | data[pos + 1]
+        length = data[pos + 2] << 8 | data[pos + 3]
+        pos += _TLV_HEADER
         if length > end - pos:
             raise FrameSizeError(f"TLV {tlv_id} runs over the end of its frame")
         if tlv_id in tlvs:
             raise ProtocolError(f"TLV {tlv_id} came twice")
-        tlvs[tlv_id] = bytes(raw[pos : pos + length])
+        tlvs[tlv_id] = data[pos : pos + length]
         pos += length
     return tlvs
 
@@ -468,13 +472,14 @@ def _data(flags: int, stream: int, raw: memoryview) -> Data:
 
 
 def _open(_flags: int, stream: int, raw: memoryview) -> Open:
-    end = 2 + raw[1]
-    if end > len(raw):
+    data = bytes(raw)
+    end = 2 + data[1]
+    if end > len(data):
         raise FrameSizeError("OPEN is cut off in its type name")
-    name = str(raw[2:end], "latin-1")
+    name = data[2:end].decode("latin-1")
     if not is_type_name(name):
         raise ProtocolError("OPEN with a type name that is not printable ASCII")
-    return Open(stream, _priority_class(raw[0]), name, decode_tlvs(raw[end:]))
+    return Open(stream, _priority_class(data[0]), name, decode_tlvs(data[end:]))
 
 
 def _refuse(_flags: int, stream: int, raw: memoryview) -> Refuse:

@@ -396,7 +396,10 @@ def _kept(tlvs: Mapping[int, bytes]) -> Mapping[int, bytes]:
 
 def _critical(tlvs: Mapping[int, bytes]) -> int | None:
     """The first parameter of an OPEN or ACCEPT that must be understood and is not."""
-    return next((tlv for tlv in tlvs if tlv & 1 and tlv != OpenTLV.HEADER), None)
+    for tlv in tlvs:
+        if tlv & 1 and tlv != OpenTLV.HEADER:
+            return tlv
+    return None
 
 
 class _Unset:

@@ -217,11 +217,12 @@ class SocketTransport:
             return
         self._reading = False
         self._ended = True
-        self._watch(self._watched & ~READ)
         if not self._protocol.eof_received():
             self.close()
         elif error is not None:
             self._break(error)
+        elif not self._closing and not self._reading:  # most are closed by now, and the kernel need not be told both
+            self._watch(self._watched & ~READ)
 
     def is_reading(self) -> bool:
         return self._reading

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from types import MemberDescriptorType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, dataclass_transform
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Self, cast, dataclass_transform
 
 import msgspec
 
@@ -26,6 +26,8 @@ __all__ = ["StreamType", "Tcp", "Udp", "check_request", "check_type"]
 
 _MISFIT: Final = re.compile(r"Expected (.*) - at (?:`key` in )?`\$\.?(.*)`", re.DOTALL)
 """How msgspec says what does not fit, and in which field."""
+_ORDINARY: Final = 300
+"""Bytes of a header with the longest host that there may be, and nothing else worth keeping."""
 _NAME: Final = re.compile(r"[a-z0-9][-a-z0-9._]{0,62}(@[a-z0-9][-a-z0-9.]{0,190})?")
 
 
@@ -158,6 +160,18 @@ class _Destination(StreamType, frozen=True):
         header = super().encode()  # which may say what they must be
         parse_host(self.host)
         return header
+
+    @classmethod
+    def decode(cls, header: bytes) -> Self:
+        if cls.__base__ is _Destination and len(header) <= _ORDINARY:
+            return cast(Self, _request(cls, header))
+        return super().decode(header)
+
+
+@lru_cache(maxsize=1024)
+def _request(kind: type[_Destination], header: bytes) -> _Destination:
+    """What the same header was decoded to before, most likely: it cannot be changed."""
+    return super(_Destination, kind).decode(header)
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
-from typing import NamedTuple
 
 from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
@@ -28,16 +27,24 @@ from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 __all__ = ["Targets"]
 
 
-class _Target(NamedTuple):
-    """What a socket is for."""
+class _Target:
+    """What a socket is for.
 
-    session: Session
-    stream: MuxStream
-    host: str
-    port: int
-    protocol: Protocol
-    address: IPAddress | None
-    """Which is dialed; None if the connection was gone before it could be told."""
+    Attributes:
+        address: which is dialed; None if the connection was gone before it could be told.
+    """
+
+    __slots__ = ("address", "host", "port", "protocol", "session", "stream")
+
+    def __init__(
+        self, session: Session, stream: MuxStream, host: str, port: int, protocol: Protocol, address: IPAddress | None
+    ) -> None:
+        self.session = session
+        self.stream = stream
+        self.host = host
+        self.port = port
+        self.protocol: Protocol = protocol
+        self.address = address
 
     @property
     def inbox(self) -> Inbox:

@@ -381,7 +381,7 @@ class Worker(Endpoint):
             settings=self._settings,
             check_peer=check_peer,
             check_hello=check_hello,
-            classify=self._priorities.of,
+            classify=self._classify,
         )
 
     def _begin(self, address: tuple[str, int], session: Session) -> None:
