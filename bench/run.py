@@ -70,7 +70,7 @@ def cost(chosen: Sequence[type[Peer]], columns: Sequence[Column], repeats: int, 
 
 
 class _Entry:
-    """A peer for as long as the run lasts, started again when it has broken."""
+    """A peer for as long as a repeat lasts, started again when it has broken."""
 
     def __init__(self, kind: type[Peer], ports: Mapping[str, int], directory: Path) -> None:
         self.kind, self._ports, self._directory = kind, ports, directory
@@ -145,3 +145,8 @@ def measure(
                     figures = {figure: value for figure, value in figures.items() if isfinite(value)}
                     results.add(column.name, name, figures)
                     report(Step(repeat, column, name, figures, failure, column.cost(results.seconds)))
+            # Anew for each repeat, and the other way round in every second one: of one build, one start may be a tenth faster
+            # than the next in all that it does, and to be measured first may be worth something.
+            for entry in entries:
+                entry.stop()
+            entries.reverse()

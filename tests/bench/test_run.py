@@ -63,7 +63,7 @@ def test_a_broken_peer_does_not_end_the_run(results, tmp_path):
     assert results.samples["once"]["bad"]["it"] == [2.0, 2.0]  # what was measured before it broke
     assert results.failures["once"] == {"bad": "it broke", "unfit": "no such figure"}
     assert [(step.repeat, step.peer, step.failure) for step in steps] == [
-        (1, "bad", "it broke"), (1, "good", None), (2, "bad", "it broke"), (2, "good", None)
+        (1, "bad", "it broke"), (1, "good", None), (2, "good", None), (2, "bad", "it broke")
     ]  # fmt: skip
 
 
@@ -86,10 +86,12 @@ def test_what_is_not_a_number_is_left_out(results, tmp_path, monkeypatch):
     assert seen == [{"it": 1.0}] * 2 and results.samples["once"]["good"] == {"it": [1.0, 1.0]}
 
 
-def test_a_broken_peer_is_started_anew_and_others_are_not(results, tmp_path):
-    measure([kind("bad"), kind("good")], [Once()], results, tmp_path, lambda _: None)
+def test_a_broken_peer_is_started_anew_at_once_and_others_for_the_next_repeat(results, tmp_path):
+    columns = [type("Column", (Once,), {"name": name})() for name in ("one", "two")]
+    measure([kind("bad"), kind("good")], columns, results, tmp_path, lambda _: None)
     bad, good = ([peer for peer in seen if peer.name == name] for name in ("bad", "good"))
-    assert bad[0] is not bad[1] and good[0] is good[1]
+    assert len(set(bad)) == len(bad) == 4
+    assert good[0] is good[1] is not good[2] and good[2] is good[3]
 
 
 def test_a_peer_that_does_not_start_is_a_line(results, tmp_path):
