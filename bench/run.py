@@ -145,8 +145,8 @@ def measure(
                     figures = {figure: value for figure, value in figures.items() if isfinite(value)}
                     results.add(column.name, name, figures)
                     report(Step(repeat, column, name, figures, failure, column.cost(results.seconds)))
-            # Anew for each repeat, and the other way round in every second one: of one build, one start may be a tenth faster
-            # than the next in all that it does, and to be measured first may be worth something.
+            # Anew for each repeat, and the other way round in every second one: of one build, one start may be several percent
+            # faster than the next for as long as it runs, and to be measured first may be worth something.
             for entry in entries:
                 entry.stop()
             entries.reverse()

@@ -503,6 +503,20 @@ async def test_an_address_needs_no_task(host: str, at_once: bool, monkeypatch: p
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
 
+def test_connected_is_what_was_connected_even_if_the_other_end_has_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as near:
+        assert not connecting._is_connected(near)
+        near.connect(listener.getsockname())
+        assert connecting._is_connected(near)
+        listener.accept()[0].close()
+        assert near.recv(1) == b""
+        assert connecting._is_connected(near)
+    with silent("127.0.0.1") as port, socket.socket() as near:
+        near.setblocking(False)
+        assert near.connect_ex(("127.0.0.1", port)) == errno.EINPROGRESS
+        assert not connecting._is_connected(near)
+
+
 async def test_a_refusal_needs_no_task() -> None:
     port = unused_port()
     sock, connected = begin_dial(at("127.0.0.1", port))

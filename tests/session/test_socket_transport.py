@@ -296,13 +296,17 @@ def reset(far):
 
 
 class Counting:
-    """An epoll, and how often it had something to tell."""
+    """An epoll, how often it had something to tell, and how often it was told to watch for something else."""
 
     made = select.epoll
 
     def __init__(self):
         self.inner = self.made()
-        self.told = 0
+        self.told = self.changed = 0
+
+    def modify(self, fd, events):
+        self.changed += 1
+        self.inner.modify(fd, events)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -326,6 +330,17 @@ async def told(epolls, *, within=0.05):
     before = sum(epoll.told for epoll in epolls)
     await asyncio.sleep(within)
     return sum(epoll.told for epoll in epolls) - before
+
+
+@pytest.mark.parametrize("keep_open", [False, True])
+async def test_an_end_that_nothing_follows_is_not_told_for_ever(keep_open, epolls):
+    """To who keeps the socket open the kernel says nothing more; of one that is closed at once it is told once, not twice."""
+    with joined(keep_open=keep_open) as (transport, recorder, far):
+        far.shutdown(socket.SHUT_WR)
+        await recorder.until("eof" if keep_open else "lost")
+        assert await told(epolls) == 0
+        assert sum(epoll.changed for epoll in epolls) == keep_open
+        transport.abort()
 
 
 async def test_what_came_before_a_reset_is_read_though_reading_was_paused(epolls):

@@ -38,6 +38,26 @@ def test_what_was_sent_before_excuses_nothing():
             request.encode()
 
 
+def test_a_header_that_came_before_is_still_of_its_own_type():
+    header = Tcp("db", 1).encode()
+    assert Tcp.decode(header) is Tcp.decode(bytes(bytearray(header))), "decoded once"
+    assert type(Udp.decode(header)) is Udp
+
+    class Loud(Tcp):
+        name = "loud@acme.example"
+
+    assert type(Loud.decode(header)) is Loud
+    for _ in range(2):
+        with pytest.raises(ValueError, match="malformed tcp header"):
+            Tcp.decode(header[:-1])
+
+
+def test_of_headers_longer_than_a_host_can_be_none_is_kept():
+    header = msgspec.msgpack.encode({"host": "db", "port": 1, "unheard": "x" * 300})
+    assert Tcp.decode(header) == Tcp("db", 1)
+    assert Tcp.decode(header) is not Tcp.decode(header)
+
+
 def test_a_subclass_of_a_destination_keeps_its_fields():
     class Labelled(Tcp):
         name = "labelled@acme.example"
