@@ -1,8 +1,8 @@
 """Which of many plain sockets are ready, by one epoll of their own: the event loop sees that and none of them.
 
 To a loop each socket is an object and, on uvloop, six calls of epoll_ctl from its first ``add_reader`` to its end. It also
-hears of a reset once and never again, if that comes in the same breath as data. Here a socket costs one entry and two
-calls, and epoll is level-triggered: what was not dealt with is told again (epoll(7)).
+hears of a reset once and never again, if that comes in the same breath as data. Here a socket costs one entry and one
+call, if its owner is content to be told of what is new (``EDGES``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import select
 import threading
 from typing import Final, Protocol
 
-__all__ = ["FAILED", "READ", "WRITE", "Pollable", "Poller", "poller_of"]
+__all__ = ["EDGES", "FAILED", "READ", "WRITE", "Pollable", "Poller", "poller_of"]
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
 FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 """Told whether it is asked for or not."""
+EDGES: Final = select.EPOLLET
+"""With the events to watch for: each is told when it begins, not for as long as it lasts, and all that there are once more after
+``change`` (epoll(7)). The kernel then asks a socket half as often what it is ready for."""
 
 FEWEST_AT_ONCE: Final = 16
 MOST_AT_ONCE: Final = 256
@@ -66,7 +69,7 @@ class Poller:
         self._pollables[fd] = pollable
 
     def change(self, fd: int, events: int) -> None:
-        """Watches it for these events instead."""
+        """Watches it for these events instead; of those that there are already it tells, too."""
         assert self._epoll is not None
         self._epoll.modify(fd, events)
 
@@ -78,6 +81,14 @@ class Poller:
             self._epoll.unregister(fd)
         finally:
             self._close_if_unused()
+
+    def forget(self, fd: int) -> None:
+        """Watches a socket no more that is about to be closed, and was watched for ``EDGES``: the kernel need not be told both.
+
+        Where a forked process has a copy of the descriptor it goes on watching; but then an edge is told once, to nobody.
+        """
+        del self._pollables[fd]
+        self._close_if_unused()
 
     def _close_if_unused(self) -> None:
         epoll = self._epoll

@@ -18,7 +18,7 @@ import termios
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
-from konnektor.poller import FAILED, READ, WRITE, poller_of
+from konnektor.poller import EDGES, FAILED, READ, WRITE, poller_of
 
 __all__ = ["SocketTransport", "unacknowledged"]
 
@@ -29,7 +29,14 @@ PATIENCE: Final = 10.0
 """Seconds that what came before a reset is kept for a protocol that has paused reading."""
 
 UNWATCHED: Final = -1
-"""The poller does not know the socket; 0 is a socket that is watched for nothing but its failure."""
+"""The poller does not know the socket any more."""
+READING: Final = READ | select.EPOLLRDHUP | select.EPOLLPRI
+"""What is watched for from first to last, read or not: edges that nobody wants cost nothing."""
+_NOT_ALL: Final = select.EPOLLPRI | FAILED
+"""Where there is one of these, more may be to come behind a read that got less than it had room for: TCP reads up to urgent data."""
+
+_family: Final = cast(Callable[[socket.socket], int], socket.SocketType.family.__get__)
+"""Without the enumeration that ``socket.socket`` makes of it, which takes longer than watching the socket."""
 
 
 class _Protocol(Protocol):
@@ -72,10 +79,12 @@ class SocketTransport:
         "_buffer",
         "_buffered",
         "_closing",
+        "_due",
         "_ended",
         "_eof",
         "_error",
         "_fd",
+        "_is_unix",
         "_lost",
         "_poller",
         "_protocol",
@@ -94,6 +103,8 @@ class SocketTransport:
         self._buffer: bytearray | None = None
         self.read_size = READ_SIZE
         self._reading = True
+        self._due = False  # there may be something to read, of which the poller has told already
+        self._is_unix = _family(sock) == socket.AF_UNIX
         self._watched = UNWATCHED
         self._closing = False
         self._eof = False
@@ -101,12 +112,14 @@ class SocketTransport:
         self._error: OSError | None = None
         self._lost = False
         self._timer: asyncio.TimerHandle | None = None
-        self._poller.add(self._fd, self, READ)
-        self._watched = READ
+        self._poller.add(self._fd, self, READING | EDGES)
+        self._watched = READING
         try:
             protocol.connection_made(cast(asyncio.Transport, self))
         except BaseException:
-            self._unwatch()
+            if self._watched != UNWATCHED:
+                self._watched = UNWATCHED
+                self._poller.remove(self._fd)
             raise
 
     # What the poller says, and what it is asked
@@ -118,13 +131,12 @@ class SocketTransport:
         # Reading first: what came before a reset is lost as soon as writing finds it.
         if self._reading:
             if events != WRITE:
-                self._readable()
-        elif events & FAILED and not self._closing:
-            self._failed(events)
+                self._readable(events)
         elif events & READ:
-            # Paused, and not resumed before the loop came back: only now is it worth telling the kernel.
-            self._watch(self._watched & ~READ)
-        if self._buffer is not None and events != READ and (self._closing or not events & FAILED):
+            self._due = True
+        if events & FAILED and not self._reading and not self._closing:
+            self._failed(events)
+        if self._buffer is not None and events & (WRITE | FAILED) and (self._closing or not events & FAILED):
             self._writable()
 
     def _failed(self, events: int) -> None:
@@ -147,18 +159,18 @@ class SocketTransport:
             self._break(error)
             return
         if unread or self._error is None:
-            self._unwatch()  # or it would be told for ever
+            self._due = True
             if self._error is not None:
                 self._stop_timer()
                 self._timer = self._poller.loop.call_later(PATIENCE, self._give_up, self._error)
         elif self._ended:
             self._break(self._error)
         else:
-            self._readable()  # an end takes no room
+            self._readable(0)  # an end takes no room
 
     def _give_up(self, error: OSError) -> None:
         self._timer = None
-        if self._watched == UNWATCHED and not self._closing:
+        if not self._reading and not self._closing:
             self._break(error)
 
     def _stop_timer(self) -> None:
@@ -167,16 +179,11 @@ class SocketTransport:
             self._timer = None
 
     def _watch(self, events: int) -> None:
-        watched = self._watched
-        if watched == events:
-            return
+        """Watches for these; if they are watched for already, those that there are now are told once more."""
         try:
-            if watched == UNWATCHED:
-                self._poller.add(self._fd, self, events)
-            else:
-                self._poller.change(self._fd, events)
+            self._poller.change(self._fd, events | EDGES)
         except OSError as error:
-            # No descriptor and no watch to be had: this socket's misfortune, and not that of whoever resumed it.
+            # No memory to be had: this socket's misfortune, and not that of whoever resumed it.
             self._break(error)
         else:
             self._watched = events
@@ -184,18 +191,21 @@ class SocketTransport:
     def _unwatch(self) -> None:
         if self._watched != UNWATCHED:
             self._watched = UNWATCHED
-            self._poller.remove(self._fd)
+            self._poller.forget(self._fd)
 
     # Reading
 
-    def _readable(self) -> None:
+    def _readable(self, events: int) -> None:
         sock, protocol = self._sock, self._protocol
         try:
             if self._buffered:
                 data = b""
-                count = sock.recv_into(protocol.get_buffer(-1))
+                room = protocol.get_buffer(-1)
+                size = len(room)
+                count = sock.recv_into(room)
             else:
-                data = sock.recv(self.read_size)
+                size = self.read_size
+                data = sock.recv(size)
                 count = len(data)
         except (BlockingIOError, InterruptedError):
             return
@@ -204,10 +214,22 @@ class SocketTransport:
             return
         if not count:
             self._end()
-        elif data:
-            protocol.data_received(data)
-        else:
-            protocol.buffer_updated(count)
+            return
+        # A Unix socket reads up to the next message that has descriptors with it, whatever there is behind that.
+        self._due = count == size or self._is_unix or events & _NOT_ALL != 0
+        try:
+            if data:
+                protocol.data_received(data)
+            else:
+                protocol.buffer_updated(count)
+        finally:
+            if not self._reading:
+                self._due = self._due or events & select.EPOLLRDHUP != 0
+            elif self._due:
+                self._due = False
+                self._watch(self._watched)
+            elif events & select.EPOLLRDHUP:
+                self._readable(0)  # asked for: the number may have been another socket's, whose end it was
 
     def _end(self) -> None:
         error = self._error
@@ -221,8 +243,6 @@ class SocketTransport:
             self.close()
         elif error is not None:
             self._break(error)
-        elif not self._closing and not self._reading:  # most are closed by now, and the kernel need not be told both
-            self._watch(self._watched & ~READ)
 
     def is_reading(self) -> bool:
         return self._reading
@@ -234,7 +254,9 @@ class SocketTransport:
     def resume_reading(self) -> None:
         if not self._reading and not self._closing:
             self._reading = True
-            self._watch(READ if self._buffer is None else READ | WRITE)
+            if self._due:
+                self._due = False
+                self._watch(self._watched)
 
     # Writing
 
@@ -288,7 +310,7 @@ class SocketTransport:
     def _keep(self, rest: bytearray) -> None:
         """What the kernel did not take."""
         self._buffer = rest
-        self._watch(WRITE if self._watched == UNWATCHED else self._watched | WRITE)
+        self._watch(self._watched | WRITE)
         self._protocol.pause_writing()
 
     def _writable(self) -> None:
@@ -322,8 +344,7 @@ class SocketTransport:
         self._error = self._error or error.with_traceback(None)  # no cycle for the collector
         self._eof = True  # drops what is written from now on
         paused, self._buffer = self._buffer is not None, None
-        # Also if it was not watched: that it has failed is told once more.
-        self._watch(READ if self._reading else 0)
+        self._watch(READING)  # so that it is told once more that it has failed
         if paused:
             self._protocol.resume_writing()
 

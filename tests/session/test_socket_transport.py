@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,18 @@ class Recorder(asyncio.BufferedProtocol):
                 self.changed.clear()
                 await self.changed.wait()
         return next(event for event in self.events if event[0] == name)
+
+    async def receive(self, data):
+        """Waits until these bytes have been received, and no others."""
+        async with asyncio.timeout(30):
+            while self.received != data:
+                assert data.startswith(self.received)
+                self.changed.clear()
+                await self.changed.wait()
+
+
+def descriptors():
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 @contextlib.contextmanager
@@ -296,7 +309,7 @@ def reset(far):
 
 
 class Counting:
-    """An epoll, how often it had something to tell, and how often it was told to watch for something else."""
+    """An epoll, how often it had something to tell, and how often it was told anything after a socket's first time."""
 
     made = select.epoll
 
@@ -307,6 +320,10 @@ class Counting:
     def modify(self, fd, events):
         self.changed += 1
         self.inner.modify(fd, events)
+
+    def unregister(self, fd):
+        self.changed += 1
+        self.inner.unregister(fd)
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -334,12 +351,12 @@ async def told(epolls, *, within=0.05):
 
 @pytest.mark.parametrize("keep_open", [False, True])
 async def test_an_end_that_nothing_follows_is_not_told_for_ever(keep_open, epolls):
-    """To who keeps the socket open the kernel says nothing more; of one that is closed at once it is told once, not twice."""
+    """Nor need the kernel be told that nobody wants to hear more, or that the socket is closed."""
     with joined(keep_open=keep_open) as (transport, recorder, far):
         far.shutdown(socket.SHUT_WR)
         await recorder.until("eof" if keep_open else "lost")
         assert await told(epolls) == 0
-        assert sum(epoll.changed for epoll in epolls) == keep_open
+        assert sum(epoll.changed for epoll in epolls) == 0
         transport.abort()
 
 
@@ -564,20 +581,114 @@ async def test_closed_by_the_other_end_with_something_still_to_be_written():
         assert isinstance(error, ConnectionError)
 
 
-async def test_one_that_cannot_be_watched_again_breaks_and_nothing_else(monkeypatch):
+async def test_one_that_cannot_be_watched_again_breaks_and_nothing_else(epolls):
     with joined(tcp=True) as (transport, recorder, far):
         transport.pause_reading()
-        far.send(b"the last")
-        reset(far)
-        await asyncio.sleep(0.05)  # now it is not watched
+        far.send(b"told of, and not read")
+        await asyncio.sleep(0.05)
 
         def none_left(*_):
-            raise OSError(errno.EMFILE, "Too many open files")
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-        monkeypatch.setattr(select, "epoll", none_left)
+        epolls[0].modify = none_left
         transport.resume_reading()
         _, error = await recorder.until("lost")
-        assert error.errno == errno.EMFILE
+        assert error.errno == errno.ENOMEM
+
+
+async def test_what_did_not_fit_into_one_read_is_read_by_the_next_ones():
+    """The poller tells of it once."""
+    with joined(tcp=True) as (transport, recorder, far):
+        transport.set_protocol(recorder := Recorder(3))
+        recorder.connection_made(transport)
+        far.send(b"one two three")
+        await recorder.receive(b"one two three")
+        far.send(b" four")
+        far.shutdown(socket.SHUT_WR)
+        await recorder.until("eof")
+        assert recorder.received == b"one two three four"
+
+
+async def test_an_end_that_came_with_the_last_data_waits_for_a_pause_to_end():
+    class Hesitant(Recorder):
+        def buffer_updated(self, nbytes):
+            super().buffer_updated(nbytes)
+            self.transport.pause_reading()
+
+    with joined(tcp=True) as (transport, _, far):
+        transport.set_protocol(recorder := Hesitant())
+        recorder.connection_made(transport)
+        far.send(b"the last")
+        far.shutdown(socket.SHUT_WR)
+        await recorder.receive(b"the last")
+        await asyncio.sleep(0.05)
+        assert not transport.is_reading() and recorder.events[-1] == ("data", 8)
+        transport.resume_reading()
+        await recorder.until("eof")
+
+
+async def test_urgent_data_hides_nothing_behind_it():
+    """A read ends before it, with less than there is room for (tcp(7))."""
+    with joined(tcp=True) as (_, recorder, far):
+        far.send(b"before ")
+        far.send(b"!", socket.MSG_OOB)
+        far.send(b"behind")
+        await recorder.receive(b"before behind")
+
+
+async def test_descriptors_that_are_passed_along_hide_nothing_behind_them():
+    """A read ends with the message that they came with (unix(7)). They are closed: nobody asked for them."""
+    before = descriptors()
+    with joined() as (transport, recorder, far):
+        transport.pause_reading()
+        for part in (b"one", b" two", b" three"):
+            socket.send_fds(far, [part], [far.fileno()])
+        await asyncio.sleep(0)
+        transport.resume_reading()
+        await recorder.receive(b"one two three")
+    await recorder.until("lost")
+    assert descriptors() == before
+
+
+async def test_a_protocol_that_fails_misses_nothing_of_what_comes_later():
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["exception"]))
+
+    class Failing(Recorder):
+        def buffer_updated(self, nbytes):
+            super().buffer_updated(nbytes)
+            raise ValueError(nbytes)
+
+    with joined(tcp=True) as (transport, _, far):
+        transport.set_protocol(recorder := Failing(3))
+        recorder.connection_made(transport)
+        far.send(b"seven b")
+        await recorder.receive(b"seven b")
+        assert [error.args for error in complaints] == [(3,), (3,), (1,)]
+
+
+async def test_a_copy_in_another_process_keeps_nothing_awake(epolls):
+    """The kernel watches a socket for as long as anybody has it open, and here whoever watched it does not take it back."""
+    with joined(tcp=True) as (transport, recorder, far):
+        sock = transport.get_extra_info("socket")
+        number = sock.fileno()
+        with sock.dup():  # as a forked process has it
+            transport.abort()
+            await recorder.until("lost")
+            near, other = socket.socketpair()
+            if other.fileno() == number:
+                near, other = other, near
+            assert near.fileno() == number
+            near.setblocking(False)
+            with other:
+                heir = SocketTransport(near, successor := Recorder())
+                far.send(b"to nobody")
+                far.close()
+                assert await told(epolls) <= 3  # two edges, and what the heir is told of its own
+                assert not successor.received and not heir.is_closing()
+                other.send(b"to the heir")
+                await successor.receive(b"to the heir")
+                heir.abort()
 
 
 async def test_ended_by_its_protocol_when_there_is_room_to_write_and_something_to_read():
