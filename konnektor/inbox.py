@@ -20,7 +20,7 @@ SMALL: Final = 1024
 JOINED: Final = 16 * 1024
 
 
-def keep(chunks: Chunks, data: memoryview) -> None:
+def keep(chunks: Chunks, data: bytes | memoryview) -> None:
     """Copies ``data`` to the end of what was not read yet."""
     if len(data) < SMALL:
         last = chunks[-1] if chunks else None
@@ -93,7 +93,7 @@ class Inbox:
         self.answered = True
         self._wake(self.opened)
 
-    def data_received(self, data: memoryview, /) -> None:
+    def data_received(self, data: bytes | memoryview, /) -> None:
         keep(self.chunks, data)
         self._wake(self.reader)
 

@@ -58,7 +58,7 @@ class Sink(Protocol):
     def accepted(self) -> None:
         """The peer accepted the stream we opened."""
 
-    def data_received(self, data: memoryview, /) -> None:
+    def data_received(self, data: bytes | memoryview, /) -> None:
         """Bytes came. Report them with ``consumed`` when they are used.
 
         ``data`` is valid during the call only, or for as long as ``MuxStream.gather`` says. On a stream of the peer's bytes may

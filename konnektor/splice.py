@@ -78,7 +78,7 @@ class Splice:
         self.transport: SocketTransport | LoopTransport | None = None
         self._paused = False
         self._held = 0
-        self._gathered: list[memoryview] | None = None
+        self._gathered: list[bytes | memoryview] | None = None
         self._broken = False
         self._done = False
         self._lingering = False
@@ -115,7 +115,7 @@ class Splice:
     def accepted(self) -> None:
         """Nothing to do: data has been flowing since the OPEN."""
 
-    def data_received(self, data: memoryview, /) -> None:
+    def data_received(self, data: bytes | memoryview, /) -> None:
         transport, stream = self.transport, self._stream
         assert stream is not None
         size = len(data)

@@ -76,7 +76,7 @@ class StreamTransport(asyncio.Transport):
         if self._closing:
             self._mux.stop()
 
-    def data_received(self, data: memoryview, /) -> None:
+    def data_received(self, data: bytes | memoryview, /) -> None:
         fed = 0 if self._chunks else self._feed(data)
         if fed < len(data):
             keep(self._chunks, data[fed:])
@@ -124,7 +124,7 @@ class StreamTransport(asyncio.Transport):
             if not self._call(cast("asyncio.Protocol", self._protocol).eof_received):
                 self.close()
 
-    def _feed(self, data: memoryview) -> int:
+    def _feed(self, data: bytes | memoryview) -> int:
         """Gives the protocol what it takes now; returns how many bytes that were."""
         fed = 0
         while fed < len(data) and self.is_reading():

@@ -192,7 +192,7 @@ class UdpRelay:
     def accepted(self) -> None:
         """Nothing to do: what came meanwhile waits in the stream's queue."""
 
-    def data_received(self, data: memoryview, /) -> None:
+    def data_received(self, data: bytes | memoryview, /) -> None:
         assert self._stream is not None
         self._stream.consumed(len(data))
 

@@ -43,7 +43,7 @@ class Recorder:
         self._event("accepted")
 
     def data_received(self, data):
-        assert isinstance(data, memoryview)
+        assert isinstance(data, bytes | memoryview)
         assert "eof" not in self.kinds
         self.data += data
         if self.auto:

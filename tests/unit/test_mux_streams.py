@@ -3,7 +3,23 @@
 import pytest
 
 from konnektor.errors import Code, LocalProtocolError, StreamClosedError
-from konnektor.frames import Accept, Credit, Data, Datagram, Open, OpenTLV, Priority, Refuse, Reset, Stop, scan
+from konnektor.frames import (
+    HEADER_SIZE,
+    Accept,
+    Credit,
+    Data,
+    DataFlag,
+    Datagram,
+    Open,
+    OpenTLV,
+    Ping,
+    Priority,
+    Refuse,
+    Reset,
+    Stop,
+    scan,
+)
+from konnektor.inbound import STRETCH
 from konnektor.limits import KIB, Limits
 from konnektor.states import Receiving, Sending
 from tests.link import Link
@@ -764,3 +780,22 @@ def test_room_that_a_stream_gives_back_is_for_an_open_that_waits(how):
         theirs.stream.finish()
     link.run(0.2)
     assert waiting.id
+
+
+@pytest.mark.parametrize("short", range(-1, 24))
+def test_a_frame_is_the_same_wherever_it_lies_in_what_was_received(short):
+    """The stretch that is taken apart at a time ends before it, behind it, and at every byte of it."""
+    pair = Pair(Limits(initial_window=64 * KIB, initial_streams=8, receive_pool=1024 * KIB))
+    ours, theirs = pair.open()
+    frames = [
+        Data(ours.id, b"a" * (STRETCH - HEADER_SIZE - short)),
+        Data(ours.id, b"0123456789"),
+        Ping(7),
+        Data(ours.id, b"b" * STRETCH),
+        Data(ours.id, b"end", int(DataFlag.FIN)),
+    ]
+    pair.client.inject(*frames)
+    sizes = [event[1] for event in theirs.sink.events if event[0] == "data"]
+    assert sizes == [len(frame.payload) for frame in frames if isinstance(frame, Data)]
+    assert theirs.sink.data == b"".join(frame.payload for frame in frames if isinstance(frame, Data))
+    assert theirs.sink.kinds[-1] == "eof" and pair.server.error is None
