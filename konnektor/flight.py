@@ -89,6 +89,7 @@ class Flight:
         "_batched",
         "_batches",
         "_clean_at",
+        "_first",
         "_first_sent_at",
         "_floor",
         "_interactive_at",
@@ -114,7 +115,10 @@ class Flight:
 
     def __init__(self, floor: int) -> None:
         self._floor = floor
-        self._sizes: deque[int] = deque()
+        self._sizes: list[int] = []
+        self._first = 0
+        """Where in ``_sizes`` those begin that are not acknowledged. A list that is cut now and then: compiled, a deque is asked through
+        the interpreter."""
         self._batches: deque[tuple[int, float, int, float, float, bool]] = deque()
         self._batched = 0
         self.delivered = 0
@@ -250,10 +254,15 @@ class Flight:
 
     def on_ack(self, seq: int, now: float) -> None:
         """The peer took in ``seq`` frames in all; ``acked <= seq <= sent`` was checked."""
-        sizes = self._sizes
+        sizes, first = self._sizes, self._first
+        end = first + seq - self.acked
         freed = 0
-        for _ in range(seq - self.acked):
-            freed += sizes.popleft()
+        for at in range(first, end):
+            freed += sizes[at]
+        if 2 * end >= len(sizes):  # no more is moved than is dropped
+            del sizes[:end]
+            end = 0
+        self._first = end
         self.acked = seq
         self.in_flight -= freed
         self.sequenced -= freed
@@ -302,7 +311,7 @@ class Flight:
 
     def assert_invariants(self) -> None:
         """For tests."""
-        assert self.acked + len(self._sizes) == self.sent
-        assert sum(self._sizes) == self.sequenced == self.in_flight - self.unreported - self._reporting
+        assert self.acked + len(self._sizes) - self._first == self.sent
+        assert sum(self._sizes[self._first :]) == self.sequenced == self.in_flight - self.unreported - self._reporting
         assert self.rate == max(self._rates)
         assert self.rtt_min == min(self._paths, default=0.0)

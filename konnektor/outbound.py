@@ -356,7 +356,7 @@ class Outbound:
         interactive = declared = False
         if cap > mux.limits.replay_buffer and mux.resumption.replay is not None:
             cap = min(cap, mux.resumption.room)
-        if scheduler.fresh and not scheduler.waiting:
+        if scheduler.fresh.first is not None and scheduler.waiting.first is None:
             size = self._messages(parts, size, min(max_bytes, size + cap - flight.in_flight), now)
         while size < max_bytes and scheduler.active:
             over = flight.in_flight - cap
@@ -452,8 +452,7 @@ class Outbound:
         scheduler, flight = mux.scheduler, mux.flight
         fresh, waiting = scheduler.fresh, scheduler.waiting
         sizes: list[int] = []
-        while fresh and not waiting and size < most:
-            stream = fresh[0]
+        while (stream := fresh.first) is not None and waiting.first is None and size < most:
             assert isinstance(stream, MuxStream)
             message = stream.take_whole(FRAME_FLOOR)
             if message is None:

@@ -30,11 +30,13 @@ PATIENCE: Final = 10.0
 
 UNWATCHED: Final = -1
 """The poller does not know the socket any more."""
-READING: Final = READ | select.EPOLLRDHUP | select.EPOLLPRI
+ENDED: Final = select.EPOLLRDHUP
+READING: Final = READ | ENDED | select.EPOLLPRI
 """What is watched for from first to last, read or not: edges that nobody wants cost nothing."""
 _NOT_ALL: Final = select.EPOLLPRI | FAILED
 """Where there is one of these, more may be to come behind a read that got less than it had room for: TCP reads up to urgent data."""
 
+_UNIX: Final = int(socket.AF_UNIX)
 _family: Final = cast(Callable[[socket.socket], int], socket.SocketType.family.__get__)
 """Without the enumeration that ``socket.socket`` makes of it, which takes longer than watching the socket."""
 
@@ -104,7 +106,7 @@ class SocketTransport:
         self.read_size = READ_SIZE
         self._reading = True
         self._due = False  # there may be something to read, of which the poller has told already
-        self._is_unix = _family(sock) == socket.AF_UNIX
+        self._is_unix = _family(sock) == _UNIX
         self._watched = UNWATCHED
         self._closing = False
         self._eof = False
@@ -224,11 +226,11 @@ class SocketTransport:
                 protocol.buffer_updated(count)
         finally:
             if not self._reading:
-                self._due = self._due or events & select.EPOLLRDHUP != 0
+                self._due = self._due or events & ENDED != 0
             elif self._due:
                 self._due = False
                 self._watch(self._watched)
-            elif events & select.EPOLLRDHUP:
+            elif events & ENDED:
                 self._readable(0)  # asked for: the number may have been another socket's, whose end it was
 
     def _end(self) -> None:
