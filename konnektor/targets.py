@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
+from itertools import islice
+from typing import Final
 
 from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
@@ -25,6 +28,10 @@ from konnektor.stream_types import Tcp, Udp
 from konnektor.udp_relay import IDLE, UdpRelay, relay_udp
 
 __all__ = ["Targets"]
+
+DIALS_A_TURN: Final = 8
+"""Targets that are dialed before the loop has its turn: then what the first of them have answered goes out, and the other end works on it
+while the next are dialed. Were all of them dialed first, the two ends would take turns."""
 
 
 class _Target:
@@ -97,13 +104,16 @@ class Targets:
         return True
 
     def _connect_new(self) -> None:
-        """Dials for the streams that were opened since the loop's last turn.
+        """Dials for some of the streams that were opened before the loop's last turn.
 
         By then all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
         while the next one is dialed.
         """
-        self._scheduled = False
-        for stream in list(self._new):
+        streams = list(islice(self._new, DIALS_A_TURN))
+        self._scheduled = len(self._new) > len(streams)
+        if self._scheduled:
+            asyncio.get_running_loop().call_soon(self._connect_new)
+        for stream in streams:
             new = self._new.pop(stream, None)
             if new is None:  # given up while another was dialed
                 continue

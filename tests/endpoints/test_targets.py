@@ -8,7 +8,7 @@ import pytest
 import konnektor as kk
 import konnektor.targets
 from konnektor.stream_types import StreamType
-from konnektor.targets import Targets, begin_dial
+from konnektor.targets import DIALS_A_TURN, Targets, begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
 from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
@@ -84,6 +84,34 @@ async def test_a_target_has_its_first_bytes_before_the_next_is_dialed(certs, hel
             assert first == [b"early 0"]
             for stream in streams:
                 stream.close()
+
+
+@pytest.mark.replaces_methods
+async def test_of_many_new_streams_a_few_are_dialed_for_in_each_turn(certs, held):
+    async with target() as echo, tunnel(certs) as t:
+        targets = t.worker._targets
+        opened = 2 * DIALS_A_TURN + 1
+        streams = [await t.session.open_tcp("127.0.0.1", echo.port, early=True) for _ in range(opened)]
+        await until(lambda: len(targets._new) == opened)
+        for left in (DIALS_A_TURN + 1, 1, 0):
+            held(targets)
+            assert len(targets._new) == left
+            assert targets._scheduled == (left > 0)
+        for stream in streams:
+            await stream.opened()
+            stream.close()
+        await until(lambda: at_rest(t))
+
+
+async def test_none_of_many_new_streams_waits_for_another_to_be_opened(certs):
+    async with target() as echo, tunnel(certs) as t:
+        streams = [await t.session.open_tcp("127.0.0.1", echo.port, early=True) for _ in range(3 * DIALS_A_TURN)]
+        for number, stream in enumerate(streams):
+            await stream.send(b"%d" % number)
+        for number, stream in enumerate(streams):
+            assert await stream.receive() == b"%d" % number
+            stream.close()
+        await until(lambda: at_rest(t))
 
 
 @pytest.mark.replaces_methods
