@@ -109,19 +109,22 @@ class Targets:
         By then all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
         while the next one is dialed.
         """
-        streams = list(islice(self._new, DIALS_A_TURN))
-        self._scheduled = len(self._new) > len(streams)
-        if self._scheduled:
-            asyncio.get_running_loop().call_soon(self._connect_new)
-        for stream in streams:
-            new = self._new.pop(stream, None)
-            if new is None:  # given up while another was dialed
-                continue
-            address, target = new
-            try:
-                self._connect(target, address)
-            except Exception as error:  # noqa: BLE001
-                _fail(target, error)
+        self._scheduled = False
+        try:
+            for stream in list(islice(self._new, DIALS_A_TURN)):
+                new = self._new.pop(stream, None)
+                if new is None:  # given up while another was dialed
+                    continue
+                address, target = new
+                try:
+                    self._connect(target, address)
+                except Exception as error:  # noqa: BLE001
+                    _fail(target, error)
+        finally:
+            # Not before: what there is to be sent by now, and what is read before the next turn, goes out ahead of it.
+            if self._new and not self._scheduled:
+                self._scheduled = True
+                asyncio.get_running_loop().call_soon(self._connect_new)
 
     def _connect(self, target: _Target, address: Address) -> None:
         inbox = target.inbox

@@ -87,9 +87,16 @@ async def test_a_target_has_its_first_bytes_before_the_next_is_dialed(certs, hel
 
 
 @pytest.mark.replaces_methods
-async def test_of_many_new_streams_a_few_are_dialed_for_in_each_turn(certs, held):
+async def test_of_many_new_streams_a_few_are_dialed_for_in_each_turn(certs, held, monkeypatch):
+    """The next ones are asked for last: what there is to be sent by then goes out first."""
+
+    def dial(address):
+        assert not targets._scheduled
+        return begin_dial(address)
+
     async with target() as echo, tunnel(certs) as t:
         targets = t.worker._targets
+        monkeypatch.setattr("konnektor.targets.begin_dial", dial)
         opened = 2 * DIALS_A_TURN + 1
         streams = [await t.session.open_tcp("127.0.0.1", echo.port, early=True) for _ in range(opened)]
         await until(lambda: len(targets._new) == opened)
