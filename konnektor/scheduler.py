@@ -15,7 +15,6 @@ The quantum is the class's share: interactive 8, default 4, bulk 1, times the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final
 
 from konnektor.limits import FULL_FRAME
@@ -85,12 +84,6 @@ class FlowQueue:
         self.first: Flow | None = None
         self._last: Flow | None = None
 
-    def __iter__(self) -> Iterator[Flow]:
-        flow = self.first
-        while flow is not None:
-            yield flow
-            flow = flow.behind
-
     def append(self, flow: Flow) -> None:
         """At the end; it stands in no other queue."""
         if self._last is None:
@@ -114,7 +107,7 @@ class Scheduler:
 
     Attributes:
         active: how many there are.
-        fresh, waiting: the two queues, to look at.
+        fresh, waiting: the two queues; ``first`` of each, to look at.
     """
 
     __slots__ = ("_run", "active", "fresh", "waiting")
