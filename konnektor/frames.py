@@ -179,11 +179,8 @@ _RESUMED_BODY = Struct(">Q32s")
 _TLV_HEADER: Final = 4
 _CREDIT_FRAME = Struct(">BBHIQ")
 
-
-def data_header(kind: int, flags: int, length: int, stream: int) -> bytes:
-    """The 8 bytes in front of the payload of a DATA or a DATAGRAM."""
-    # As ``HEADER.pack``, which compiled code takes twice as long to call.
-    return (kind << 56 | flags << 48 | length << 32 | stream).to_bytes(HEADER_SIZE, "big")
+data_header: Final[Callable[[int, int, int, int], bytes]] = HEADER.pack
+"""``data_header(FrameType.DATA, flags, length, stream)``: the 8 bytes in front of a DATA payload."""
 
 
 # Text

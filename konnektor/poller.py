@@ -20,7 +20,7 @@ FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 """Told whether it is asked for or not."""
 EDGES: Final = select.EPOLLET
 """With the events to watch for: each is told when it begins, not for as long as it lasts, and all that there are once more after
-``change`` (epoll(7)). The kernel then asks a socket half as often what it is ready for."""
+``change`` (epoll(7)). The kernel then need not ask a socket that was served whether it is ready still."""
 
 FEWEST_AT_ONCE: Final = 16
 MOST_AT_ONCE: Final = 256

@@ -32,11 +32,13 @@ UNWATCHED: Final = -1
 """The poller does not know the socket any more."""
 ENDED: Final = select.EPOLLRDHUP
 READING: Final = READ | ENDED | select.EPOLLPRI
-"""What is watched for from first to last, read or not: edges that nobody wants cost nothing."""
+"""What is watched for from first to last, read or not: an edge that nobody wants is told once."""
 _NOT_ALL: Final = select.EPOLLPRI | FAILED
 """Where there is one of these, more may be to come behind a read that got less than it had room for: TCP reads up to urgent data."""
 
-_UNIX: Final = int(socket.AF_UNIX)
+_TCP: Final = (int(socket.AF_INET), int(socket.AF_INET6))
+"""Families whose stream sockets a read empties, but for what is in ``_NOT_ALL``, if it got less than it had room for. A Unix socket
+reads up to the next message that has descriptors with it, whatever there is behind that."""
 _family: Final = cast(Callable[[socket.socket], int], socket.SocketType.family.__get__)
 """Without the enumeration that ``socket.socket`` makes of it, which takes longer than watching the socket."""
 
@@ -86,7 +88,7 @@ class SocketTransport:
         "_eof",
         "_error",
         "_fd",
-        "_is_unix",
+        "_is_tcp",
         "_lost",
         "_poller",
         "_protocol",
@@ -106,7 +108,7 @@ class SocketTransport:
         self.read_size = READ_SIZE
         self._reading = True
         self._due = False  # there may be something to read, of which the poller has told already
-        self._is_unix = _family(sock) == _UNIX
+        self._is_tcp = _family(sock) in _TCP
         self._watched = UNWATCHED
         self._closing = False
         self._eof = False
@@ -217,8 +219,7 @@ class SocketTransport:
         if not count:
             self._end()
             return
-        # A Unix socket reads up to the next message that has descriptors with it, whatever there is behind that.
-        self._due = count == size or self._is_unix or events & _NOT_ALL != 0
+        self._due = count == size or not self._is_tcp or events & _NOT_ALL != 0
         try:
             if data:
                 protocol.data_received(data)

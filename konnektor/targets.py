@@ -104,9 +104,9 @@ class Targets:
         return True
 
     def _connect_new(self) -> None:
-        """Dials for some of the streams that were opened before the loop's last turn.
+        """Dials for the next of the streams that were opened before this turn of the loop.
 
-        By then all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
+        By now all that came with them is here. Each target so gets its first bytes as soon as it is connected, and works on them
         while the next one is dialed.
         """
         self._scheduled = False

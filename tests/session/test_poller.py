@@ -5,12 +5,12 @@ import contextlib
 import errno
 import select
 import socket
-from pathlib import Path
 
 import pytest
 
 from konnektor.poller import READ, WRITE, Poller, poller_of
 from konnektor.socket_transport import SocketTransport
+from tests.session.pairs import descriptors
 from tests.session.test_socket_transport import Recorder, joined
 
 
@@ -42,10 +42,6 @@ def readable(poller, count):
             owners.append(Owner(near))
             poller.add(near.fileno(), owners[-1], READ)
         yield owners
-
-
-def descriptors():
-    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 async def test_a_descriptor_only_while_there_are_sockets():
