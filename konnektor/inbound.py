@@ -173,6 +173,7 @@ class Inbound:
                 window.blocked = True
             if length:
                 window.receive(length)
+                stream.ending = flags == 1
                 stream.sink.data_received(payload)
         elif state is RECEIVING_DISCARDING:
             window.receive(length)

@@ -71,10 +71,10 @@ class LoopTransport:
         self._peer: Any = transport.get_extra_info("peername")
         self.read_size = 0
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview, more: bool = False) -> None:
         self._transport.write(bytes(data))
 
-    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview]) -> int:
+    def writelines(self, chunks: Sequence[bytes | bytearray | memoryview], more: bool = False) -> int:
         """Returns how many bytes of them may wait in a buffer: all."""
         data = b"".join(chunks)
         self._transport.write(data)

@@ -59,7 +59,7 @@ class Sink(Protocol):
         """The peer accepted the stream we opened."""
 
     def data_received(self, data: bytes | memoryview, /) -> None:
-        """Bytes came. Report them with ``consumed`` when they are used.
+        """Bytes came; of ``MuxStream.ending`` the last. Report them with ``consumed`` when they are used.
 
         ``data`` is valid during the call only, or for as long as ``MuxStream.gather`` says. On a stream of the peer's bytes may
         come before ``accept``; they are not to be used before it.
@@ -99,6 +99,7 @@ class MuxStream(Flow):
         queued: bytes waiting to be sent.
         datagrams: those waiting to be sent; None if the stream's type has none.
         pinned: a rule of this side's set class and weight, and the peer's PRIORITY does not change them.
+        ending: what its sink is given by ``data_received`` has the peer's FIN with it, and ``eof_received`` is next.
         low_water: where ``sink.writable`` is called after ``want_room``.
         deadline: when the opening is given up.
         repeatable: if its OPEN was perhaps accepted, and nothing sent after it, another will do no harm.
@@ -113,6 +114,7 @@ class MuxStream(Flow):
         "credit_due",
         "datagrams",
         "deadline",
+        "ending",
         "finish_wanted",
         "forgotten",
         "id",
@@ -161,6 +163,7 @@ class MuxStream(Flow):
         self.tlvs = tlvs
         self.receiving = receiving
         self.sending = sending
+        self.ending = False
         self.receive_window = ReceiveWindow(mux.pool, mux.limits.max_window, now)
         self.send_window = SendWindow(0)
         # What waits to be sent: the first chunk, and those behind it. Mostly there is one and no more, and most streams are

@@ -102,7 +102,7 @@ class Splice:
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             if chunks:
                 self._gathered = [memoryview(b"".join(chunks))]
-                self._deliver()
+                self._deliver(inbox.eof)
             if inbox.send_error is not None:
                 self.failed(inbox.send_error, receiving=False, sending=True)
             if inbox.receive_error is not None:
@@ -130,14 +130,14 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.write(data)
+        transport.write(data, stream.ending)
         if self._paused:
             self._held += size
         else:
             stream.consumed(size)
 
-    def _deliver(self) -> None:
-        """Writes what was gathered, if anything, in one go."""
+    def _deliver(self, ending: bool = False) -> None:
+        """Writes what was gathered, if anything, in one go; ``ending`` if the end of it is next."""
         gathered, self._gathered = self._gathered, None
         transport, stream = self.transport, self._stream
         if gathered is None or stream is None:
@@ -146,14 +146,14 @@ class Splice:
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        kept = transport.writelines(gathered)
+        kept = transport.writelines(gathered, ending)
         if self._paused:
             self._held += kept
             size -= kept
         stream.consumed(size)
 
     def eof_received(self) -> None:
-        self._deliver()
+        self._deliver(True)
         transport = self.transport
         if transport is None or transport.is_closing():
             return

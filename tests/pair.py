@@ -32,9 +32,11 @@ class Recorder:
         self.events = []
         self.error = None
         self.is_closed = False
+        self.ended = False  # what came last was to have the peer's FIN with it
 
     def _event(self, *event):
         assert not self.is_closed, f"{event} after closed"
+        assert not self.ended or event[0] != "data", "more, after what was to be the last"
         self.events.append(event)
         if (call := self.on.get(event[0])) is not None:
             call(self.stream)
@@ -49,6 +51,7 @@ class Recorder:
         if self.auto:
             self.stream.consumed(len(data))
         self._event("data", len(data))
+        self.ended = self.stream.ending
 
     def datagram_received(self, data):
         assert isinstance(data, memoryview)

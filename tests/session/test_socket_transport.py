@@ -155,6 +155,41 @@ async def test_several_are_written_as_one(size):
         await recorder.until("lost")
 
 
+def segments_sent(sock):
+    """By TCP_INFO (linux/tcp.h)."""
+    return struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 136)[0]
+
+
+@pytest.mark.parametrize("end", ["write_eof", "close"])
+@pytest.mark.parametrize("several", [False, True])
+async def test_an_end_goes_with_what_was_written_last(several, end):
+    with joined(tcp=True) as (transport, _, far), transport.get_extra_info("socket").dup() as near:
+        before = segments_sent(near)
+        if several:
+            assert transport.writelines([b"the ", b"last"], more=True) == 0
+        else:
+            transport.write(b"the last", more=True)
+        assert segments_sent(near) == before
+        getattr(transport, end)()
+        if end == "close":
+            await asyncio.sleep(0)  # and the socket a turn later
+            near.close()
+        else:
+            assert segments_sent(near) == before + 1
+        assert await read_all(far) == b"the last"
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_what_waits_for_more_goes_with_it(tcp):
+    with joined(tcp=tcp) as (transport, _, far):
+        transport.write(b"some, ", more=True)
+        transport.write(b"more, ")
+        transport.write(b"x" * 4_000_000, more=True)
+        transport.write(b"the last", more=True)
+        transport.write_eof()
+        assert await read_all(far) == b"some, more, " + b"x" * 4_000_000 + b"the last"
+
+
 @pytest.mark.parametrize("taken", [BlockingIOError, InterruptedError, 1, 6])
 async def test_several_of_which_the_kernel_takes_little(taken):
     class Full(socket.socket):

@@ -26,6 +26,7 @@ class Gatherer(Recorder):
             raise RuntimeError("a sink's defect")
         for view in views:
             super().data_received(view)
+            self.ended = False  # of the stream, by now; not of this view
 
     # An end may come in the same read.
 

@@ -59,6 +59,24 @@ def test_open_accept_data_finish():
     pair.assert_empty()
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_sink_learns_that_the_end_is_next(together):
+    """From the same frame: a socket then sends both at once."""
+    pair = Pair()
+    ending = []
+    ours, theirs = pair.open()
+    theirs.sink.on["data"] = theirs.sink.on["eof"] = lambda stream: ending.append(stream.ending)
+    ours.write(b"not the last")
+    pair.pump()
+    ours.write(b"the last")
+    if not together:
+        pair.pump()
+    ours.finish()
+    pair.pump()
+    assert theirs.sink.kinds == ["data", "data", "eof"]
+    assert ending == [False, together, together]
+
+
 def test_both_sides_open():
     pair = Pair()
     a, _ = pair.open(pair.client)
