@@ -40,6 +40,8 @@ __all__ = [
     "MAX_OPENS",
     "MAX_PAYLOAD",
     "MAX_TEXT",
+    "OPEN_DEADLINE",
+    "OPEN_HEADER",
     "UNSEQUENCED",
     "VERSION",
     "Accept",
@@ -152,11 +154,18 @@ class HelloTLV(IntEnum):
     AFRESH = 14
 
 
-class OpenTLV(IntEnum):
-    """Ids of OPEN's and ACCEPT's parameters. An unknown odd id is critical, an even one is skipped."""
+OPEN_HEADER: Final = 1
+OPEN_DEADLINE: Final = 2
 
-    HEADER = 1
-    DEADLINE = 2
+
+class OpenTLV(IntEnum):
+    """Ids of OPEN's and ACCEPT's parameters. An unknown odd id is critical, an even one is skipped.
+
+    For what is done for every stream, ``OPEN_HEADER`` and ``OPEN_DEADLINE`` are the plain numbers.
+    """
+
+    HEADER = OPEN_HEADER
+    DEADLINE = OPEN_DEADLINE
     TRACEPARENT = 4
     SOURCE = 6
 
@@ -252,6 +261,27 @@ def _frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
     return HEADER.pack(kind, flags, len(payload), stream) + payload
 
 
+def encode_open(stream: int, priority: int, name: str, tlvs: Mapping[int, bytes]) -> bytes:
+    """What ``Open`` encodes to, for whoever has no use for the frame itself.
+
+    Raises:
+        FrameSizeError: it is too much for one frame.
+    """
+    raw = name.encode()
+    payload = bytes((priority, len(raw))) + raw + encode_tlvs(tlvs)
+    if len(payload) > MAX_OPEN:
+        raise FrameSizeError(f"OPEN of {len(payload)} bytes, more than {MAX_OPEN}")
+    return _frame(_OPEN, stream, payload)
+
+
+def encode_accept(stream: int, tlvs: Mapping[int, bytes]) -> bytes:
+    """As ``encode_open``, of ``Accept``."""
+    payload = encode_tlvs(tlvs) if tlvs else b""
+    if len(payload) > MAX_OPEN:
+        raise FrameSizeError(f"ACCEPT of {len(payload)} bytes, more than {MAX_OPEN}")
+    return _frame(_ACCEPT, stream, payload)
+
+
 class Data(NamedTuple):
     """Bytes of a stream. FIN ends the sender's half; BLOCKED says that more waits for credit."""
 
@@ -272,11 +302,7 @@ class Open(NamedTuple):
     tlvs: Mapping[int, bytes] = MappingProxyType({})
 
     def encode(self) -> bytes:
-        name = self.name.encode()
-        payload = bytes((self.priority, len(name))) + name + encode_tlvs(self.tlvs)
-        if len(payload) > MAX_OPEN:
-            raise FrameSizeError(f"OPEN of {len(payload)} bytes, more than {MAX_OPEN}")
-        return _frame(_OPEN, self.stream, payload)
+        return encode_open(self.stream, self.priority, self.name, self.tlvs)
 
 
 class Accept(NamedTuple):
@@ -286,10 +312,7 @@ class Accept(NamedTuple):
     tlvs: Mapping[int, bytes] = MappingProxyType({})
 
     def encode(self) -> bytes:
-        payload = encode_tlvs(self.tlvs)
-        if len(payload) > MAX_OPEN:
-            raise FrameSizeError(f"ACCEPT of {len(payload)} bytes, more than {MAX_OPEN}")
-        return _frame(_ACCEPT, self.stream, payload)
+        return encode_accept(self.stream, self.tlvs)
 
 
 class Refuse(NamedTuple):

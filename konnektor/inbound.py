@@ -19,6 +19,8 @@ from konnektor.errors import (
 )
 from konnektor.frames import (
     HEADER_SIZE,
+    OPEN_DEADLINE,
+    OPEN_HEADER,
     UNSEQUENCED,
     VERSION,
     Accept,
@@ -197,6 +199,10 @@ class Inbound:
     def _frame(self, frame: Frame, pos: int, now: float) -> None:
         mux = self._mux
         match frame:
+            case Open():
+                self._open(frame, now)
+            case Accept():
+                self._accept(frame)
             case Ack(seq):
                 mux.acked(seq, now)
             case Credit():
@@ -205,10 +211,6 @@ class Inbound:
                 stream = self._stream_of(frame)
                 if stream is not None and stream.send_window.raise_limit(frame.max_offset):
                     mux.activate(stream)
-            case Open():
-                self._open(frame, now)
-            case Accept():
-                self._accept(frame)
             case Data(stream_id):
                 _ = self._stream_of(frame)  # raises where there never was one
                 raise StreamStateError(f"DATA for stream {stream_id}, which is over")
@@ -284,7 +286,7 @@ class Inbound:
         stream.id = frame.stream
         stream.send_window.limit = mux.peer.initial_window
         mux.streams[frame.stream] = stream
-        raw = frame.tlvs.get(OpenTLV.DEADLINE)
+        raw = frame.tlvs.get(OPEN_DEADLINE)
         if raw is not None and len(raw) != 4:
             raise ProtocolError(f"an OPEN deadline of {len(raw)} bytes, not 4")
         allowed = mux.limits.open_deadline if raw is None else min(MAX_DEADLINE, int.from_bytes(raw, "big") / 1000)
@@ -402,13 +404,13 @@ _KNOWN: Final = frozenset(map(int, OpenTLV))
 
 def _kept(tlvs: Mapping[int, bytes]) -> Mapping[int, bytes]:
     """What is kept of the parameters of an OPEN or ACCEPT: of those that nobody knows there may be thousands."""
-    return {tlv: value for tlv, value in tlvs.items() if tlv in _KNOWN}
+    return {tlv: value for tlv, value in tlvs.items() if tlv in _KNOWN} if tlvs else tlvs
 
 
 def _critical(tlvs: Mapping[int, bytes]) -> int | None:
     """The first parameter of an OPEN or ACCEPT that must be understood and is not."""
     for tlv in tlvs:
-        if tlv & 1 and tlv != OpenTLV.HEADER:
+        if tlv & 1 and tlv != OPEN_HEADER:
             return tlv
     return None
 

@@ -44,7 +44,17 @@ from konnektor.errors import (
     stream_error,
 )
 from konnektor.flight import Flight
-from konnektor.frames import MAX_OPEN, MAX_OPENS, Buffer, Close, Feature, OpenTLV, Resume, is_type_name
+from konnektor.frames import (
+    MAX_OPEN,
+    MAX_OPENS,
+    OPEN_DEADLINE,
+    OPEN_HEADER,
+    Buffer,
+    Close,
+    Feature,
+    Resume,
+    is_type_name,
+)
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import LATE_TIMER, Liveness
@@ -257,8 +267,12 @@ class Mux:
         if self.resumption.given_up:
             raise unreachable()
         check_priority(priority, weight)
-        params = {int(OpenTLV.HEADER): header, int(OpenTLV.DEADLINE): b"\0\0\0\0", **(tlvs or {})}
-        size = 2 + len(name) + 4 * len(params) + sum(map(len, params.values()))
+        params = {OPEN_HEADER: header, OPEN_DEADLINE: b"\0\0\0\0"}
+        if tlvs:
+            params.update(tlvs)
+        size = 2 + len(name)
+        for value in params.values():
+            size += 4 + len(value)
         if not is_type_name(name) or size > MAX_OPEN:
             raise LocalProtocolError(
                 f"an OPEN takes at most {MAX_OPEN} bytes, not {size}, with a printable ASCII name of 1 to 255"

@@ -17,7 +17,7 @@ from konnektor.errors import (
     StreamClosedError,
     StreamStateError,
 )
-from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, Buffer, OpenTLV
+from konnektor.frames import MAX_OPEN, MAX_PAYLOAD, OPEN_HEADER, Buffer
 from konnektor.scheduler import Flow
 from konnektor.states import (
     EVENT_DO_ACCEPT,
@@ -202,7 +202,7 @@ class MuxStream(Flow):
     @property
     def header(self) -> bytes:
         """The stream type's own header, from OPEN or ACCEPT."""
-        return self.tlvs.get(OpenTLV.HEADER, b"")
+        return self.tlvs.get(OPEN_HEADER, b"")
 
     @property
     def wanted(self) -> tuple[bool, bool]:
@@ -228,7 +228,7 @@ class MuxStream(Flow):
         if len(header) > MAX_OPEN - 4:
             raise LocalProtocolError(f"an ACCEPT takes at most {MAX_OPEN - 4} bytes of header, not {len(header)}")
         self.move_sending(EVENT_DO_ACCEPT)
-        self.accept_tlvs = {int(OpenTLV.HEADER): header} if header else {}
+        self.accept_tlvs = {OPEN_HEADER: header} if header else {}
         self._mux.decided(self)
         self._mux.want_control(self)
 

@@ -10,16 +10,14 @@ from konnektor.datagrams import DatagramQueue
 from konnektor.flight import FRAME_FLOOR
 from konnektor.frames import (
     HEADER_SIZE,
+    OPEN_DEADLINE,
     VERSION,
-    Accept,
     Ack,
     Buffer,
     Credit,
     FrameType,
     Hello,
     HelloTLV,
-    Open,
-    OpenTLV,
     Ping,
     Pong,
     Priority,
@@ -28,6 +26,8 @@ from konnektor.frames import (
     Stop,
     Streams,
     data_header,
+    encode_accept,
+    encode_open,
 )
 from konnektor.limits import FULL_FRAME
 from konnektor.mux_stream import MuxStream
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["BATCH", "Outbound", "joined"]
 
 _DATAGRAM: Final = int(FrameType.DATAGRAM)
-_DEADLINE: Final = int(OpenTLV.DEADLINE)
 
 BATCH: Final = 4 * FULL_FRAME
 """Bytes of one ``data_to_send``, written at once: each write costs a system call and wakes the peer, whatever its size. uvloop
@@ -267,30 +266,34 @@ class Outbound:
     def _session_control(self, parts: list[Buffer], now: float) -> int:
         """STREAMS and GOAWAY, each at most once, as they are now."""
         mux = self._mux
-        before = len(parts)
+        size = 0
         if self.streams_due:
             self.streams_due = False
-            parts.append(self._sequenced(Streams(mux.admission.grant()).encode()))
+            size += self._put(parts, Streams(mux.admission.grant()).encode())
         if mux.leaving.goaway_due:
-            parts.append(self._sequenced(mux.leaving.goaway(mux.admission.last_taken, now).encode()))
+            size += self._put(parts, mux.leaving.goaway(mux.admission.last_taken, now).encode())
             mux.leaving.sent(mux.flight.sent)
             mux.arm(mux.leaving.due)
-        return sum(map(len, parts[before:]))
+        return size
 
-    def _sequenced(self, frame: bytes) -> bytes:
-        self._mux.flight.on_sent(len(frame))
-        return frame
+    def _put(self, parts: list[Buffer], frame: bytes) -> int:
+        """Appends a sequenced frame, and returns its size."""
+        parts.append(frame)
+        size = len(frame)
+        self._mux.flight.on_sent(size)
+        return size
 
     def _stream_control(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
         """What one stream has to say besides data, as it is now. ACCEPT first: nothing may overtake it."""
         stream.in_control = False
-        frames: list[bytes] = []
+        size = 0
         owed = False
         if stream.accept_tlvs is not None:
-            frames.append(Accept(stream.id, stream.accept_tlvs).encode())
+            size += self._put(parts, encode_accept(stream.id, stream.accept_tlvs))
             stream.accept_tlvs = None
         if stream.sending is SENDING_REFUSING:
-            frames.append(Refuse(stream.id, stream.reset_code, stream.retry_ms, stream.reset_text).encode())
+            refuse = Refuse(stream.id, stream.reset_code, stream.retry_ms, stream.reset_text)
+            size += self._put(parts, refuse.encode())
             stream.move_sending(EVENT_SENT_END)
             owed = stream.receiving is not RECEIVING_ENDED
         if stream.credit_due:
@@ -298,15 +301,15 @@ class Outbound:
             if stream.receiving is RECEIVING_OPEN:
                 offset = stream.receive_window.grant(now, self._mux.flight.rtt_min)
                 if offset is not None:
-                    frames.append(Credit(stream.id, offset).encode())
+                    size += self._put(parts, Credit(stream.id, offset).encode())
         if stream.stop_due:
             stream.stop_due = False
             if stream.receiving is not RECEIVING_ENDED:
-                frames.append(Stop(stream.id, stream.stop_code).encode())
+                size += self._put(parts, Stop(stream.id, stream.stop_code).encode())
                 owed = True
         if stream.sending is SENDING_RESETTING:
-            offset = stream.send_window.sent
-            frames.append(Reset(stream.id, stream.reset_code, offset, stream.reset_text).encode())
+            reset = Reset(stream.id, stream.reset_code, stream.send_window.sent, stream.reset_text)
+            size += self._put(parts, reset.encode())
             stream.move_sending(EVENT_SENT_END)
         if stream.priority_due:
             opens = self._mux.admission.opens
@@ -314,18 +317,17 @@ class Outbound:
                 stream.priority_due = False
             elif self._hints.take(opens, now):
                 stream.priority_due = False
-                frames.append(Priority(stream.id, stream.priority, stream.weight).encode())
+                size += self._put(parts, Priority(stream.id, stream.priority, stream.weight).encode())
             else:
                 self._waiting[stream] = None
                 self._wait(self._hints.ready_at(opens))
-        parts.extend(map(self._sequenced, frames))
         if owed:
             self._mux.owed.said(stream)
         if stream.queued or stream.datagrams or stream.sending is SENDING_FINISHING:
             # What was written before the ACCEPT went out.
             self._mux.schedule(stream)
         self._mux.settle(stream)
-        return sum(map(len, frames))
+        return size
 
     def _open(self, stream: MuxStream, parts: list[Buffer], now: float) -> int:
         """OPEN: from here on the stream exists, and has its id."""
@@ -333,10 +335,9 @@ class Outbound:
         stream.id = mux.admission.open()
         mux.streams[stream.id] = stream
         left = max(1, int((stream.deadline - now) * 1000))
-        params = {**stream.tlvs, _DEADLINE: left.to_bytes(4, "big")}
+        params = {**stream.tlvs, OPEN_DEADLINE: left.to_bytes(4, "big")}
         stream.tlvs = {}
-        frame = self._sequenced(Open(stream.id, stream.priority, stream.name, params).encode())
-        parts.append(frame)
+        size = self._put(parts, encode_open(stream.id, stream.priority, stream.name, params))
         stream.move_sending(EVENT_SENT_OPEN)
         if stream.finish_wanted:
             stream.move_sending(EVENT_DO_FINISH)
@@ -346,7 +347,7 @@ class Outbound:
             mux.want_control(stream)
         if mux.admission.exhausted:
             mux.drain(MAX_GRACE, now, reason="out of stream ids")
-        return len(frame)
+        return size
 
     def _data(self, parts: list[Buffer], size: int, max_bytes: int, now: float, *, fresh_only: bool) -> int:
         mux = self._mux
