@@ -44,15 +44,25 @@ class Acceptor:
         sock: listening.
         accepted: called with each new socket, which is then its, and the peer's address.
         modest: leaves the last quarter of the process's descriptors, ``RESERVE`` at most, to whoever is not.
+        kind: of the sockets. ``socket.SocketType``, which is beneath what event loops want, is less work to make and to close.
     """
 
     def __init__(
-        self, sock: socket.socket, accepted: Callable[[socket.socket, Any], object], *, modest: bool = False
+        self,
+        sock: socket.socket,
+        accepted: Callable[[Any, Any], object],
+        *,
+        modest: bool = False,
+        kind: type[socket.SocketType] = socket.socket,
     ) -> None:
         self.name = bound_name(sock)
         self._sock = sock
         self._accepted = accepted
         self._modest = modest
+        self._kind = kind
+        # Of which ``sock.accept`` makes a ``socket.socket``, and an enumeration of both its family and its type each time.
+        self._accept_fd: Callable[[], tuple[int, Any]] = sock._accept  # type: ignore[attr-defined]
+        self._family, self._type, self._proto = int(sock.family), int(sock.type), sock.proto
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._reading = False
@@ -72,7 +82,7 @@ class Acceptor:
     def _accept(self, allowance: int) -> bool:
         """Accepts a connection, on a descriptor below ``allowance``; returns whether to go on."""
         try:
-            sock, address = self._sock.accept()
+            fd, address = self._accept_fd()
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
@@ -80,8 +90,9 @@ class Acceptor:
                 return True
             self._starve(os.strerror(error.errno or 0))
             return False
+        sock = self._kind(self._family, self._type, self._proto, fd)
         # The kernel gives the lowest number that is free.
-        if sock.fileno() >= allowance:
+        if fd >= allowance:
             sock.close()
             self._starve("the last descriptors are kept for workers; raise the limit of open files")
             return False

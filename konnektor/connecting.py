@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from konnektor.addresses import IPAddress, format_hostport, parse_host
 from konnektor.errors import (
@@ -28,12 +28,15 @@ __all__ = [
     "begin_dial",
     "check_connected",
     "class_of",
+    "keep_alive",
     "literal",
     "new_socket",
     "reset_on_close",
     "set_options",
     "translate",
 ]
+
+S = TypeVar("S", bound=socket.SocketType)
 
 _NON_BLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _CONNECTED: Final = (1, 8)
@@ -77,20 +80,21 @@ def literal(host: str, port: int) -> Address | None:
     return Address(address, family, (str(address), port))
 
 
-def begin_dial(address: Address) -> tuple[socket.socket, bool]:
+def begin_dial(address: Address) -> tuple[socket.SocketType, bool]:
     """Connects to an address: where there is nothing to resolve or to race, nothing needs a task.
 
     Args:
         address: checked by the caller.
 
     Returns:
-        A non-blocking socket, which the caller owns, and whether it is connected: else it is for ``Dialing``.
+        A non-blocking socket, which the caller owns, and whether it is connected: else it is for ``Dialing``. Its class is
+        beneath ``socket.socket``, which is less work to make and to close, and it is not to ``keep_alive`` yet.
 
     Raises:
         StreamError: as ``dial.dial``.
     """
     try:
-        sock = new_socket(address.family)
+        sock = new_socket(socket.SocketType, address.family)
     except OSError as error:
         raise translate(error, str(address)) from None
     number = sock.connect_ex(address.sockaddr)
@@ -116,7 +120,7 @@ class Dialing:
     __slots__ = ("_address", "_done", "_loop", "_sock")
 
     def __init__(
-        self, sock: socket.socket, address: Address, done: Callable[[socket.socket | StreamError], None]
+        self, sock: socket.SocketType, address: Address, done: Callable[[socket.SocketType | StreamError], None]
     ) -> None:
         self._sock = sock
         self._address = address
@@ -149,43 +153,48 @@ class Dialing:
             self._loop.remove_writer(fd)
 
 
-def _options() -> tuple[tuple[int, int, int], ...]:
-    keepalive = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+def _keepalive() -> tuple[tuple[int, int, int], ...]:
+    times = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     return (
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         # not everywhere
-        *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in keepalive if hasattr(socket, name)),
+        *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in times if hasattr(socket, name)),
     )
 
 
-_OPTIONS: Final = _options()
+_KEEPALIVE: Final = _keepalive()
 
 
-def set_options(sock: socket.socket) -> None:
-    """What every TCP socket of an endpoint gets: no delay for small writes, and a dead peer noticed after a minute."""
-    for level, option, value in _OPTIONS:
+def keep_alive(sock: socket.SocketType) -> None:
+    """Lets a dead peer be noticed after a minute of silence."""
+    for level, option, value in _KEEPALIVE:
         sock.setsockopt(level, option, value)
 
 
-def reset_on_close(sock: socket.socket) -> None:
+def set_options(sock: socket.SocketType) -> None:
+    """What every TCP socket of an endpoint gets: no delay for small writes, and ``keep_alive``."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    keep_alive(sock)
+
+
+def reset_on_close(sock: socket.SocketType) -> None:
     """Lets the end of a TCP connection be a reset, not a clean end; a Unix socket knows no difference."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def new_socket(family: socket.AddressFamily) -> socket.socket:
-    """A socket to connect with, non-blocking from the start: that costs no call of its own (socket(2))."""
-    sock = socket.socket(family, _NON_BLOCKING_STREAM, socket.IPPROTO_TCP)
+def new_socket(kind: type[S], family: socket.AddressFamily) -> S:
+    """A socket to connect with, without delay and non-blocking from the start: that costs no call of its own (socket(2))."""
+    sock = kind(family, _NON_BLOCKING_STREAM, socket.IPPROTO_TCP)
     try:
-        set_options(sock)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _is_connected(sock: socket.socket) -> bool:
+def _is_connected(sock: socket.SocketType) -> bool:
     """Whether a connection in progress is there: on the loopback interface it is as soon as it was asked for.
 
     ``getpeername`` would tell as well, and write out an address that nobody wants, which takes longer.
@@ -193,7 +202,7 @@ def _is_connected(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _CONNECTED
 
 
-def check_connected(sock: socket.socket, number: int, address: Address) -> None:
+def check_connected(sock: socket.SocketType, number: int, address: Address) -> None:
     """Raises the OSError that connecting has ended with, if ``number`` is one, or if the socket met itself.
 
     Dialing a local port that nobody listens on may get that very port as the source, and TCP then meets itself.

@@ -19,7 +19,7 @@ from typing import Any, Final
 import anyio
 
 from konnektor.addresses import IPAddress, format_hostport, quote
-from konnektor.connecting import Address, check_connected, class_of, literal, new_socket, translate
+from konnektor.connecting import Address, check_connected, class_of, keep_alive, literal, new_socket, translate
 from konnektor.errors import (
     ConfigurationError,
     ConnectRefusedError,
@@ -203,11 +203,12 @@ async def _race(addresses: Sequence[Address], errors: list[OSError]) -> socket.s
 async def _attempt(address: Address, errors: list[OSError]) -> socket.socket | None:
     """One connected socket, or None and its error in ``errors``."""
     try:
-        sock = new_socket(address.family)
+        sock = new_socket(socket.socket, address.family)
     except OSError as error:
         errors.append(error)
         return None
     try:
+        keep_alive(sock)
         await _connect(sock, address.sockaddr)
         check_connected(sock, 0, address)
     except OSError as error:

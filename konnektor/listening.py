@@ -8,7 +8,6 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,18 +21,6 @@ BACKLOG: Final = 1024
 UNIX_MODE: Final = 0o660
 PORT_ATTEMPTS: Final = 10
 _NOT_OURS: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-
-
-class _Listening(socket.socket):
-    """Of which ``accept`` asks these two each time: an enumeration takes longer to make than the connection's socket."""
-
-    @cached_property
-    def family(self) -> socket.AddressFamily:
-        return super().family
-
-    @cached_property
-    def type(self) -> socket.SocketKind:
-        return super().type
 
 
 async def bind_tcp(host: str, port: int) -> list[socket.socket]:
@@ -97,7 +84,7 @@ def _bind_all(infos: Sequence[tuple[Any, ...]], port: int) -> list[socket.socket
 
 
 def _bind(family: int, kind: int, proto: int, address: tuple[Any, ...]) -> socket.socket:
-    sock = _Listening(family, kind, proto)
+    sock = socket.socket(family, kind, proto)
     try:
         sock.setblocking(False)
         if kind == socket.SOCK_STREAM:
@@ -132,7 +119,7 @@ def bind_unix(path: str) -> socket.socket:
     Raises:
         ListenError: something else is there, a live server listens, or the directory does not allow it.
     """
-    sock = _Listening(socket.AF_UNIX)
+    sock = socket.socket(socket.AF_UNIX)
     # bind() creates the file: only the umask can narrow its mode without a moment of more.
     before = os.umask(0o777 & ~UNIX_MODE)
     try:

@@ -39,7 +39,7 @@ _NOT_ALL: Final = select.EPOLLPRI | FAILED
 _TCP: Final = (int(socket.AF_INET), int(socket.AF_INET6))
 """Families whose stream sockets a read empties, but for what is in ``_NOT_ALL``, if it got less than it had room for. A Unix socket
 reads up to the next message that has descriptors with it, whatever there is behind that."""
-_family: Final = cast(Callable[[socket.socket], int], socket.SocketType.family.__get__)
+_family: Final = cast(Callable[[socket.SocketType], int], socket.SocketType.family.__get__)
 """Without the enumeration that ``socket.socket`` makes of it, which takes longer than watching the socket."""
 
 
@@ -99,7 +99,7 @@ class SocketTransport:
         "read_size",
     )
 
-    def __init__(self, sock: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+    def __init__(self, sock: socket.SocketType, protocol: asyncio.BaseProtocol) -> None:
         self._poller = poller_of(asyncio.get_running_loop())
         self._sock = sock
         self._fd = sock.fileno()

@@ -388,7 +388,7 @@ async def splice(
     _join(take, sock, code, on_closed)
 
 
-def join(stream: MuxStream, sock: socket.socket, *, on_closed: Callable[[], object]) -> None:
+def join(stream: MuxStream, sock: socket.SocketType, *, on_closed: Callable[[], object]) -> None:
     """``splice`` for a peer's stream that has come no further than the multiplexer, which is accepted.
 
     Args:
@@ -408,7 +408,7 @@ def join(stream: MuxStream, sock: socket.socket, *, on_closed: Callable[[], obje
 
 
 def _join(
-    take: Callable[[], MuxStream], sock: socket.socket, code: int, on_closed: Callable[[], object] | None
+    take: Callable[[], MuxStream], sock: socket.SocketType, code: int, on_closed: Callable[[], object] | None
 ) -> None:
     joint = Splice(code=code)
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from konnektor.addresses import IPAddress, Protocol, format_hostport, format_protocol, parse_host, quote
 from konnektor.changes import Changes
-from konnektor.connecting import Address, Dialing, begin_dial, literal, reset_on_close
+from konnektor.connecting import Address, Dialing, begin_dial, keep_alive, literal, reset_on_close
 from konnektor.dial import dial, dial_udp
 from konnektor.errors import Code, ConfigurationError, DeniedError, StreamError
 from konnektor.inbox import Inbox
@@ -34,14 +34,20 @@ DIALS_A_TURN: Final = 8
 while the next are dialed. Were all of them dialed first, the two ends would take turns."""
 
 
+OLD: Final = 10.0
+"""Seconds that a connection has lasted, at most, when its socket is told to notice a dead peer: four calls to the kernel, which the
+many that are over by then are spared."""
+
+
 class _Target:
     """What a socket is for.
 
     Attributes:
         address: which is dialed; None if the connection was gone before it could be told.
+        kept_alive: its socket notices a dead peer.
     """
 
-    __slots__ = ("address", "host", "port", "protocol", "session", "stream")
+    __slots__ = ("address", "host", "kept_alive", "port", "protocol", "session", "stream")
 
     def __init__(
         self, session: Session, stream: MuxStream, host: str, port: int, protocol: Protocol, address: IPAddress | None
@@ -52,6 +58,7 @@ class _Target:
         self.port = port
         self.protocol: Protocol = protocol
         self.address = address
+        self.kept_alive = False
 
     @property
     def inbox(self) -> Inbox:
@@ -81,8 +88,9 @@ class Targets:
         self._new: dict[MuxStream, tuple[Address, _Target]] = {}
         """Opened, and not dialed for yet."""
         self._scheduled = False
-        self._open: dict[socket.socket, _Target] = {}
-        self._relays: dict[socket.socket, UdpRelay] = {}
+        self._open: dict[socket.SocketType, _Target] = {}
+        self._relays: dict[socket.SocketType, UdpRelay] = {}
+        self._ageing: asyncio.TimerHandle | None = None
         self._leaving = False
         self._changes = Changes()
 
@@ -146,7 +154,7 @@ class Targets:
         del self._new[stream]
         _drop(stream)
 
-    def _dialed(self, target: _Target, allow: AllowList, outcome: socket.socket | StreamError) -> None:
+    def _dialed(self, target: _Target, allow: AllowList, outcome: socket.SocketType | StreamError) -> None:
         """The end of the dial that ``_connect`` began."""
         target.inbox.on_cancel = None
         try:
@@ -203,9 +211,11 @@ class Targets:
         self._open[sock] = target
         return sock
 
-    def _join(self, target: _Target, sock: socket.socket) -> None:
+    def _join(self, target: _Target, sock: socket.SocketType) -> None:
         """Joins the stream of a target to its socket, which is open from here on."""
         self._open[sock] = target
+        if self._ageing is None:
+            self._ageing = target.session.loop.call_later(OLD, self._keep_alive)
         closed = partial(self._closed, sock)
         try:
             join(target.stream, sock, on_closed=closed)
@@ -213,7 +223,18 @@ class Targets:
             closed()
             raise
 
-    def _recheck(self, target: _Target, sock: socket.socket, allow: AllowList) -> None:
+    def _keep_alive(self) -> None:
+        """Some of the sockets that are open have lasted: those before the last that are kept alive already."""
+        self._ageing = None
+        for sock, target in reversed(self._open.items()):
+            if target.kept_alive:
+                break
+            target.kept_alive = True
+            if target.protocol == "tcp":
+                with contextlib.suppress(OSError):  # broken meanwhile
+                    keep_alive(sock)
+
+    def _recheck(self, target: _Target, sock: socket.SocketType, allow: AllowList) -> None:
         """Closes what was dialed by rules that have changed meanwhile, and raises DeniedError, unless the new ones allow it."""
         if self._allowed(target.session) is not allow:
             try:
@@ -239,7 +260,7 @@ class Targets:
                 if isinstance(joint := target.stream.sink, Splice):
                     joint.break_off()  # the socket may have outlived what the stream had to say
 
-    def _closed(self, sock: socket.socket) -> None:
+    def _closed(self, sock: socket.SocketType) -> None:
         self._open.pop(sock, None)
         self._relays.pop(sock, None)
         self._changes.notify()
@@ -304,7 +325,7 @@ def _readable(host: str) -> str:
     return host
 
 
-def _peer_address(sock: socket.socket) -> IPAddress | None:
+def _peer_address(sock: socket.SocketType) -> IPAddress | None:
     try:
         return ip_address(sock.getpeername()[0].partition("%")[0])
     except OSError:  # reset already

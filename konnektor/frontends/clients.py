@@ -72,14 +72,14 @@ class Clients:
             return await self._listen_udp(sockets, choose, Udp(forward.host, forward.port), refused)
         request = Tcp(forward.host, forward.port)
 
-        def accepted(sock: socket.socket, _address: Any) -> None:
+        def accepted(sock: socket.SocketType, _address: Any) -> None:
             client = ForwardSplice(choose, request, refused)
             self._add(client, SocketTransport(sock, client.local))
 
         sockets = await bind_tcp(forward.listen_host, forward.listen_port)
         self._check_here(sockets)
         name = self._set_up(sockets)
-        self._closers += [Acceptor(sock, accepted, modest=True).close for sock in sockets]
+        self._closers += [Acceptor(sock, accepted, modest=True, kind=socket.SocketType).close for sock in sockets]
         return name
 
     async def add_frontend(self, frontend: Frontend) -> str:

@@ -84,7 +84,7 @@ async def test_why(monkeypatch, number, why):
         def bind(self, address):
             raise OSError(number, why) if number else OSError(why)
 
-    monkeypatch.setattr("konnektor.listening._Listening", Refusing)
+    monkeypatch.setattr(socket, "socket", Refusing)
     with pytest.raises(ListenError, match=why):
         await bind_tcp("127.0.0.1", 80)
 
@@ -99,7 +99,7 @@ async def test_addresses_that_this_machine_lacks_are_left_out(monkeypatch):
             super().bind(address)
 
     resolve_to(monkeypatch, "127.0.0.9", "127.0.0.1")
-    monkeypatch.setattr("konnektor.listening._Listening", WithoutSome)
+    monkeypatch.setattr(socket, "socket", WithoutSome)
     (sock,) = await bind_tcp("name.test", 0)
     with sock:
         assert sock.getsockname()[0] == "127.0.0.1"
@@ -117,7 +117,7 @@ async def test_the_free_port_may_be_taken_on_the_next_address(monkeypatch, alway
             super().bind(address)
 
     resolve_to(monkeypatch, "127.0.0.1", "127.0.0.2")
-    monkeypatch.setattr("konnektor.listening._Listening", Taken)
+    monkeypatch.setattr(socket, "socket", Taken)
     if always:
         with pytest.raises(ListenError, match="in use"):
             await bind_tcp("name.test", 0)
@@ -170,7 +170,7 @@ def test_a_live_server_with_a_full_backlog_is_live(tmp_path):
 
 
 class Scripted:
-    """A listening socket that stays readable, with errors to raise from ``accept`` first."""
+    """A listening socket that stays readable, with errors to raise from ``_accept`` first."""
 
     family = socket.AF_INET
 
@@ -182,13 +182,13 @@ class Scripted:
     def __getattr__(self, name):
         return getattr(self._sock, name)
 
-    def accept(self):
+    def _accept(self):
         self.accepts += 1
         if self.errors:
             error = self.errors.pop(0)
             if error is not None:
                 raise error
-        return self._sock.accept()
+        return self._sock._accept()
 
 
 async def scripted(*errors):

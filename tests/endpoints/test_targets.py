@@ -8,7 +8,7 @@ import pytest
 import konnektor as kk
 import konnektor.targets
 from konnektor.stream_types import StreamType
-from konnektor.targets import DIALS_A_TURN, Targets, begin_dial
+from konnektor.targets import DIALS_A_TURN, OLD, Targets, begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
 from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
@@ -268,6 +268,35 @@ async def test_a_target_whose_connection_cannot_be_joined(certs, monkeypatch, co
             await stream.send(b"on")
             assert await stream.receive() == b"on"
     assert any("the handler of a tcp stream failed" in line for line in log())
+
+
+@pytest.mark.replaces_methods
+async def test_connections_that_last_are_kept_alive(certs, monkeypatch):
+    """However their targets were dialed, and whichever were opened meanwhile; those that are over soon are not."""
+    monkeypatch.setattr("konnektor.targets.OLD", 0.01)
+    async with target() as echo, tunnel(certs, allow=["localhost:*", "127.0.0.1:*"]) as t:
+        targets, streams = t.worker._targets, []
+        assert targets._ageing is None
+        for hosts in (["127.0.0.1"], ["127.0.0.1", "localhost", "127.0.0.1"], ["127.0.0.1", "localhost"]):
+            streams += [await t.session.open_tcp(host, echo.port) for host in hosts]
+            assert len(targets._open) == len(streams)
+            await until(lambda: targets._ageing is None)
+            for sock in targets._open:
+                assert_options(sock)
+        for stream in streams:
+            stream.close()
+
+
+async def test_no_connection_is_kept_alive_before_it_has_lasted(certs):
+    async with target() as echo, tunnel(certs) as t:
+        targets, now = t.worker._targets, asyncio.get_running_loop().time()
+        async with await t.session.open_tcp("127.0.0.1", echo.port):
+            (sock,) = targets._open
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+            assert now < targets._ageing.when() <= asyncio.get_running_loop().time() + OLD
+        await until(lambda: at_rest(t))
+        targets._keep_alive()
+        assert targets._ageing is None
 
 
 async def test_clients_have_the_options_of_their_listener(certs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import resource
@@ -157,7 +158,7 @@ async def test_a_dialed_socket_is_ready_for_use(host: str) -> None:
 async def test_options_that_a_platform_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     idle = socket.TCP_KEEPIDLE
     monkeypatch.delattr(socket, "TCP_KEEPIDLE")
-    monkeypatch.setattr(connecting, "_OPTIONS", connecting._options())
+    monkeypatch.setattr(connecting, "_KEEPALIVE", connecting._keepalive())
     with listening() as port, await dial("127.0.0.1", port) as sock:
         assert sock.getsockopt(socket.IPPROTO_TCP, idle) != 30
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 10
@@ -478,9 +479,11 @@ def at(host: str, port: int) -> Address:
     return address
 
 
-def outcome(sock: socket.socket, address: Address) -> tuple[Dialing, asyncio.Future[socket.socket | StreamError]]:
+def outcome(
+    sock: socket.SocketType, address: Address
+) -> tuple[Dialing, asyncio.Future[socket.SocketType | StreamError]]:
     """What becomes of a socket that is connecting."""
-    future: asyncio.Future[socket.socket | StreamError] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[socket.SocketType | StreamError] = asyncio.get_running_loop().create_future()
     return Dialing(sock, address, future.set_result), future
 
 
@@ -497,10 +500,12 @@ async def test_an_address_needs_no_task(host: str, at_once: bool, monkeypatch: p
             assert await outcome(sock, at(host, port))[1] is sock
             assert not asyncio.get_running_loop().remove_writer(sock.fileno())
         assert asyncio.all_tasks() == tasks
-        with sock:
+        with contextlib.closing(sock):
             assert sock.getpeername()[:2] == (host, port)
             assert not sock.getblocking()
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            connecting.keep_alive(sock)  # which is left to who knows that the connection lasts
+            assert_options(sock)
 
 
 def test_connected_is_what_was_connected_even_if_the_other_end_has_closed() -> None:
@@ -532,7 +537,11 @@ async def test_a_refusal_needs_no_task() -> None:
     [(errno.ENETUNREACH, UnreachableError), (errno.EAGAIN, LimitError), (errno.ETIMEDOUT, DialTimeoutError)],
 )
 async def test_what_fails_at_once(number: int, cls: type[StreamError], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket.socket, "connect_ex", lambda _sock, _address: number)
+    class Failing(socket.SocketType):
+        def connect_ex(self, address: Any) -> int:
+            return number
+
+    monkeypatch.setattr(socket, "SocketType", Failing)
     with pytest.raises(cls, match=rf"127\.0\.0\.1:9: {errno.errorcode[number]}"):
         begin_dial(at("127.0.0.1", 9))
 
@@ -543,13 +552,14 @@ async def test_no_descriptor_left_for_an_address() -> None:
 
 
 async def test_an_address_that_meets_itself_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect_ex(sock: socket.socket, address: Any) -> int:
-        sock.setblocking(True)
-        sock.bind(address)
-        sock.connect(address)
-        return 0
+    class Meeting(socket.SocketType):
+        def connect_ex(self, address: Any) -> int:
+            self.setblocking(True)
+            self.bind(address)
+            self.connect(address)
+            return 0
 
-    monkeypatch.setattr(socket.socket, "connect_ex", connect_ex)
+    monkeypatch.setattr(socket, "SocketType", Meeting)
     with pytest.raises(ConnectRefusedError):
         begin_dial(at("127.0.0.1", unused_port()))
 
