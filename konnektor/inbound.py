@@ -48,7 +48,7 @@ from konnektor.frames import (
     read,
 )
 from konnektor.limits import MAX_DEADLINE
-from konnektor.mux_stream import MuxStream
+from konnektor.mux_stream import DirectSink, MuxStream
 from konnektor.replay import Ticket
 from konnektor.settings import Settings
 from konnektor.states import (
@@ -131,7 +131,11 @@ class Inbound:
                 payload = near[at : at + length] if at + length <= near_size else view[stop - length : stop]
                 if not flags and stream.receiving is RECEIVING_OPEN:
                     stream.receive_window.receive(length)
-                    stream.sink.data_received(payload)
+                    sink: object = stream.sink
+                    if isinstance(sink, DirectSink):
+                        sink.data_received(payload)
+                    else:
+                        stream.sink.data_received(payload)
                 else:
                     self._data(stream, flags, payload, length)
             else:

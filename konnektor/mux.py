@@ -58,7 +58,7 @@ from konnektor.frames import (
 from konnektor.inbound import Inbound
 from konnektor.limits import MAX_DEADLINE, Limits
 from konnektor.liveness import LATE_TIMER, Liveness
-from konnektor.mux_stream import DatagramSink, MuxStream, Sink, check_priority
+from konnektor.mux_stream import DatagramSink, DirectSink, MuxStream, Sink, check_priority
 from konnektor.outbound import BATCH, PAYLOAD, TIGHT_BATCH, Outbound, joined
 from konnektor.owed import OwedEnds
 from konnektor.replay import Ticket
@@ -76,7 +76,7 @@ from konnektor.states import (
     SENDING_UNSENT,
 )
 
-__all__ = ["BATCH", "PAYLOAD", "DatagramSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
+__all__ = ["BATCH", "PAYLOAD", "DatagramSink", "DirectSink", "Handler", "Mux", "MuxStream", "Role", "Sink"]
 
 
 class Handler(Protocol):

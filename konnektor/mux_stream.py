@@ -45,7 +45,7 @@ from konnektor.states import (
 if TYPE_CHECKING:
     from konnektor.mux import Mux
 
-__all__ = ["DatagramSink", "MuxStream", "Sink", "check_priority"]
+__all__ = ["DatagramSink", "DirectSink", "MuxStream", "Sink", "check_priority"]
 
 
 class Sink(Protocol):
@@ -79,6 +79,15 @@ class Sink(Protocol):
 
     def closed(self) -> None:
         """The stream is forgotten: the last call."""
+
+
+class DirectSink:
+    """A ``Sink`` to derive from: compiled, its method is called directly, and not looked up by name."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes | memoryview, /) -> None:
+        """See ``Sink``."""
 
 
 class DatagramSink(Sink, Protocol):

@@ -12,7 +12,7 @@ import select
 import threading
 from typing import Final, Protocol
 
-__all__ = ["EDGES", "FAILED", "READ", "WRITE", "Pollable", "Poller", "poller_of"]
+__all__ = ["EDGES", "FAILED", "READ", "WRITE", "Pollable", "Poller", "Watcher", "poller_of"]
 
 READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
@@ -33,6 +33,15 @@ class Pollable(Protocol):
 
     def ready(self, events: int, /) -> None:
         """What the socket is ready for. May be told too much: the number may have been another socket's a moment ago."""
+
+
+class Watcher:
+    """A ``Pollable`` to derive from: compiled, its method is called directly, and not looked up by name."""
+
+    __slots__ = ()
+
+    def ready(self, events: int, /) -> None:
+        """See ``Pollable``."""
 
 
 class Poller:
@@ -117,7 +126,10 @@ class Poller:
             pollable = pollables.get(fd)
             if pollable is not None:
                 try:
-                    pollable.ready(events)
+                    if isinstance(pollable, Watcher):
+                        pollable.ready(events)
+                    else:
+                        pollable.ready(events)
                 except Exception as error:  # noqa: BLE001
                     # As a loop does with one of its own callbacks: the others are served.
                     self.loop.call_exception_handler(

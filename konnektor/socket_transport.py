@@ -18,9 +18,9 @@ import termios
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, cast
 
-from konnektor.poller import EDGES, FAILED, READ, WRITE, poller_of
+from konnektor.poller import EDGES, FAILED, READ, WRITE, Watcher, poller_of
 
-__all__ = ["SocketTransport", "unacknowledged"]
+__all__ = ["DirectProtocol", "SocketTransport", "unacknowledged"]
 
 READ_SIZE: Final = 256 * 1024
 """Bytes read at once from a socket that has as many, if the protocol brings no buffer of its own."""
@@ -61,7 +61,16 @@ class _Protocol(Protocol):
     def connection_lost(self, exc: Exception | None) -> None: ...
 
 
-class SocketTransport:
+class DirectProtocol:
+    """A protocol to derive from: compiled, its method is called directly, and not looked up by name."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
+
+
+class SocketTransport(Watcher):
     """A connected, non-blocking stream socket, with the methods of an asyncio transport.
 
     It is none by inheritance: the base class would make a dict for each, and keep mypyc from making it a native class.
@@ -128,7 +137,7 @@ class SocketTransport:
 
     # What the poller says, and what it is asked
 
-    def ready(self, events: int) -> None:
+    def ready(self, events: int, /) -> None:
         """The socket can be read or written, or has failed (poller.Pollable)."""
         if self._watched == UNWATCHED:
             return
@@ -222,7 +231,11 @@ class SocketTransport:
         self._due = count == size or not self._is_tcp or events & _NOT_ALL != 0
         try:
             if data:
-                protocol.data_received(data)
+                direct: object = protocol
+                if isinstance(direct, DirectProtocol):
+                    direct.data_received(data)
+                else:
+                    protocol.data_received(data)
             else:
                 protocol.buffer_updated(count)
         finally:

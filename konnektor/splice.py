@@ -20,8 +20,8 @@ from typing import Final, cast
 from konnektor.errors import Code, PeerError
 from konnektor.inbox import Inbox
 from konnektor.loop_transport import LoopTransport
-from konnektor.mux import PAYLOAD, MuxStream
-from konnektor.socket_transport import SocketTransport
+from konnektor.mux import PAYLOAD, DirectSink, MuxStream
+from konnektor.socket_transport import DirectProtocol, SocketTransport
 from konnektor.states import RECEIVING_ENDED, SENDING_OPEN, SENDING_UNSENT
 from konnektor.stream import Stream
 
@@ -43,7 +43,7 @@ STALLED: Final = 5.0
 _RST_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
 
-class Splice:
+class Splice(DirectSink):
     """The stream's sink, joined to a socket's protocol (``local``).
 
     Args:
@@ -87,7 +87,8 @@ class Splice:
     @property
     def local(self) -> asyncio.Protocol:
         """The protocol for the socket's transport. Nothing but that keeps it: no cycle is left for the collector."""
-        return _Local(self)
+        # What it is to an event loop, which asks for the methods alone.
+        return cast(asyncio.Protocol, _Local(self))
 
     # The stream's side
 
@@ -326,7 +327,7 @@ class Splice:
             on_closed()
 
 
-class _Local(asyncio.Protocol):
+class _Local(DirectProtocol):
     """The socket's protocol; apart from the sink because both have an ``eof_received``."""
 
     __slots__ = ("_splice",)

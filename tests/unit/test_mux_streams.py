@@ -21,9 +21,10 @@ from konnektor.frames import (
 )
 from konnektor.inbound import STRETCH
 from konnektor.limits import KIB, Limits
+from konnektor.mux_stream import DirectSink
 from konnektor.states import Receiving, Sending
 from tests.link import Link
-from tests.pair import Pair
+from tests.pair import Pair, Recorder
 
 
 def frames_of(side):
@@ -75,6 +76,20 @@ def test_a_sink_learns_that_the_end_is_next(together):
     pair.pump()
     assert theirs.sink.kinds == ["data", "data", "eof"]
     assert ending == [False, together, together]
+
+
+@pytest.mark.replaces_methods
+def test_a_sink_may_derive_from_the_core():
+    class Derived(Recorder, DirectSink):
+        pass
+
+    pair = Pair()
+    ours, theirs = pair.open()
+    theirs.sink = sink = Derived()
+    sink.stream = theirs
+    ours.write(b"data")
+    pair.pump()
+    assert sink.data == b"data"
 
 
 def test_both_sides_open():
