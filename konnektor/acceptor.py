@@ -60,7 +60,7 @@ class Acceptor:
         self._accepted = accepted
         self._modest = modest
         self._kind = kind
-        # Of which ``sock.accept`` makes a ``socket.socket``, and an enumeration of both its family and its type each time.
+        # CPython's own, and private: ``sock.accept`` calls it, and makes enumerations and a ``socket.socket`` each time.
         self._accept_fd: Callable[[], tuple[int, Any]] = sock._accept  # type: ignore[attr-defined]
         self._family, self._type, self._proto = int(sock.family), int(sock.type), sock.proto
         self._loop = asyncio.get_running_loop()

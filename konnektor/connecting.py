@@ -172,7 +172,7 @@ def keep_alive(sock: socket.SocketType) -> None:
 
 
 def set_options(sock: socket.SocketType) -> None:
-    """What every TCP socket of an endpoint gets: no delay for small writes, and ``keep_alive``."""
+    """What a listening socket passes on to those that it accepts: no delay for small writes, and ``keep_alive``."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     keep_alive(sock)
 
@@ -184,7 +184,7 @@ def reset_on_close(sock: socket.SocketType) -> None:
 
 
 def new_socket(kind: type[S], family: socket.AddressFamily) -> S:
-    """A socket to connect with, without delay and non-blocking from the start: that costs no call of its own (socket(2))."""
+    """A socket to connect with, that does not delay small writes. It is non-blocking from the start, without a call (socket(2))."""
     sock = kind(family, _NON_BLOCKING_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

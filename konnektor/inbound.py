@@ -132,7 +132,7 @@ class Inbound:
                 if not flags and stream.receiving is RECEIVING_OPEN:
                     stream.receive_window.receive(length)
                     sink: object = stream.sink
-                    if isinstance(sink, DirectSink):
+                    if isinstance(sink, DirectSink):  # the same call, but where mypyc knows what it calls
                         sink.data_received(payload)
                     else:
                         stream.sink.data_received(payload)

@@ -82,12 +82,13 @@ class Sink(Protocol):
 
 
 class DirectSink:
-    """A ``Sink`` to derive from: compiled, its method is called directly, and not looked up by name."""
+    """For sinks that are compiled, too: the method is called directly then, and not looked up by its name."""
 
     __slots__ = ()
 
     def data_received(self, data: bytes | memoryview, /) -> None:
         """See ``Sink``."""
+        raise NotImplementedError
 
 
 class DatagramSink(Sink, Protocol):

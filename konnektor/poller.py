@@ -36,12 +36,13 @@ class Pollable(Protocol):
 
 
 class Watcher:
-    """A ``Pollable`` to derive from: compiled, its method is called directly, and not looked up by name."""
+    """For Pollables that are compiled, too: the method is called directly then, and not looked up by its name."""
 
     __slots__ = ()
 
     def ready(self, events: int, /) -> None:
         """See ``Pollable``."""
+        raise NotImplementedError
 
 
 class Poller:
@@ -126,7 +127,7 @@ class Poller:
             pollable = pollables.get(fd)
             if pollable is not None:
                 try:
-                    if isinstance(pollable, Watcher):
+                    if isinstance(pollable, Watcher):  # the same call, but where mypyc knows what it calls
                         pollable.ready(events)
                     else:
                         pollable.ready(events)

@@ -103,7 +103,7 @@ class Splice(DirectSink):
             chunks, inbox.chunks = inbox.chunks, type(inbox.chunks)()
             if chunks:
                 self._gathered = [memoryview(b"".join(chunks))]
-                self._deliver(inbox.eof)
+                self._deliver(inbox.eof and stream.sending is SENDING_OPEN)
             if inbox.send_error is not None:
                 self.failed(inbox.send_error, receiving=False, sending=True)
             if inbox.receive_error is not None:
@@ -131,14 +131,14 @@ class Splice(DirectSink):
         if transport is None or transport.is_closing():
             stream.consumed(size)
             return
-        transport.write(data, stream.ending)
+        transport.write(data, stream.ending and stream.sending is SENDING_OPEN)
         if self._paused:
             self._held += size
         else:
             stream.consumed(size)
 
     def _deliver(self, ending: bool = False) -> None:
-        """Writes what was gathered, if anything, in one go; ``ending`` if the end of it is next."""
+        """Writes what was gathered, if anything, in one go; ``ending`` if ``write_eof`` is next."""
         gathered, self._gathered = self._gathered, None
         transport, stream = self.transport, self._stream
         if gathered is None or stream is None:
@@ -154,12 +154,12 @@ class Splice(DirectSink):
         stream.consumed(size)
 
     def eof_received(self) -> None:
-        self._deliver(True)
+        stream = self._stream
+        assert stream is not None
+        self._deliver(stream.sending is SENDING_OPEN)
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        stream = self._stream
-        assert stream is not None
         if stream.sending is SENDING_OPEN and transport.can_write_eof():
             transport.write_eof()
         else:

@@ -35,8 +35,9 @@ while the next are dialed. Were all of them dialed first, the two ends would tak
 
 
 OLD: Final = 10.0
-"""Seconds that a connection has lasted, at most, when its socket is told to notice a dead peer: four calls to the kernel, which the
-many that are over by then are spared."""
+"""Seconds after which a connection, at most, is kept alive: four calls to the kernel, which the many that are over by then are spared."""
+KEPT_ALIVE_A_TURN: Final = 256
+"""Connections, of those that have come to that age together."""
 
 
 class _Target:
@@ -44,10 +45,9 @@ class _Target:
 
     Attributes:
         address: which is dialed; None if the connection was gone before it could be told.
-        kept_alive: its socket notices a dead peer.
     """
 
-    __slots__ = ("address", "host", "kept_alive", "port", "protocol", "session", "stream")
+    __slots__ = ("address", "host", "port", "protocol", "session", "stream")
 
     def __init__(
         self, session: Session, stream: MuxStream, host: str, port: int, protocol: Protocol, address: IPAddress | None
@@ -58,7 +58,6 @@ class _Target:
         self.port = port
         self.protocol: Protocol = protocol
         self.address = address
-        self.kept_alive = False
 
     @property
     def inbox(self) -> Inbox:
@@ -90,6 +89,8 @@ class Targets:
         self._scheduled = False
         self._open: dict[socket.SocketType, _Target] = {}
         self._relays: dict[socket.SocketType, UdpRelay] = {}
+        self._young: dict[socket.SocketType, None] = {}
+        """Of those the ones that are not kept alive yet, the oldest first."""
         self._ageing: asyncio.TimerHandle | None = None
         self._leaving = False
         self._changes = Changes()
@@ -214,6 +215,7 @@ class Targets:
     def _join(self, target: _Target, sock: socket.SocketType) -> None:
         """Joins the stream of a target to its socket, which is open from here on."""
         self._open[sock] = target
+        self._young[sock] = None
         if self._ageing is None:
             self._ageing = target.session.loop.call_later(OLD, self._keep_alive)
         closed = partial(self._closed, sock)
@@ -224,15 +226,13 @@ class Targets:
             raise
 
     def _keep_alive(self) -> None:
-        """Some of the sockets that are open have lasted: those before the last that are kept alive already."""
         self._ageing = None
-        for sock, target in reversed(self._open.items()):
-            if target.kept_alive:
-                break
-            target.kept_alive = True
-            if target.protocol == "tcp":
-                with contextlib.suppress(OSError):  # broken meanwhile
-                    keep_alive(sock)
+        for sock in list(islice(self._young, KEPT_ALIVE_A_TURN)):
+            del self._young[sock]
+            with contextlib.suppress(OSError):  # broken meanwhile
+                keep_alive(sock)
+        if self._young:
+            self._ageing = asyncio.get_running_loop().call_later(0, self._keep_alive)
 
     def _recheck(self, target: _Target, sock: socket.SocketType, allow: AllowList) -> None:
         """Closes what was dialed by rules that have changed meanwhile, and raises DeniedError, unless the new ones allow it."""
@@ -262,6 +262,7 @@ class Targets:
 
     def _closed(self, sock: socket.SocketType) -> None:
         self._open.pop(sock, None)
+        self._young.pop(sock, None)
         self._relays.pop(sock, None)
         self._changes.notify()
 
@@ -282,6 +283,9 @@ class Targets:
     async def wait_closed(self) -> None:
         """Waits until every socket is closed. Cancelling is safe."""
         await self._changes.wait_for(lambda: not self._open)
+        if self._ageing is not None:
+            self._ageing.cancel()
+            self._ageing = None
 
 
 def _give_up(target: _Target, dialing: Dialing) -> None:

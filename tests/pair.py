@@ -36,7 +36,8 @@ class Recorder:
 
     def _event(self, *event):
         assert not self.is_closed, f"{event} after closed"
-        assert not self.ended or event[0] != "data", "more, after what was to be the last"
+        assert not self.ended or event[0] == "eof", f"{event} after what was to be the last"
+        self.ended = False
         self.events.append(event)
         if (call := self.on.get(event[0])) is not None:
             call(self.stream)
@@ -51,7 +52,7 @@ class Recorder:
         if self.auto:
             self.stream.consumed(len(data))
         self._event("data", len(data))
-        self.ended = self.stream.ending
+        self.ended = self.stream.ending and self.stream.receiving is Receiving.OPEN
 
     def datagram_received(self, data):
         assert isinstance(data, memoryview)

@@ -1,6 +1,7 @@
 """Targets that are addresses: dialed without a task, at once or by callbacks."""
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import konnektor as kk
 import konnektor.targets
 from konnektor.stream_types import StreamType
-from konnektor.targets import DIALS_A_TURN, OLD, Targets, begin_dial
+from konnektor.targets import DIALS_A_TURN, KEPT_ALIVE_A_TURN, OLD, Targets, begin_dial
 from tests.endpoints.parts import Goodbye, target, tunnel, until, unused_port
 from tests.session.pairs import assert_options
 from tests.session.test_dial import silent
@@ -270,33 +271,58 @@ async def test_a_target_whose_connection_cannot_be_joined(certs, monkeypatch, co
     assert any("the handler of a tcp stream failed" in line for line in log())
 
 
-@pytest.mark.replaces_methods
-async def test_connections_that_last_are_kept_alive(certs, monkeypatch):
-    """However their targets were dialed, and whichever were opened meanwhile; those that are over soon are not."""
-    monkeypatch.setattr("konnektor.targets.OLD", 0.01)
+async def test_connections_that_last_are_kept_alive(certs):
+    """However their targets were dialed, and however many there are; those that are over by then are not looked at."""
+    loop = asyncio.get_running_loop()
     async with target() as echo, tunnel(certs, allow=["localhost:*", "127.0.0.1:*"]) as t:
         targets, streams = t.worker._targets, []
         assert targets._ageing is None
-        for hosts in (["127.0.0.1"], ["127.0.0.1", "localhost", "127.0.0.1"], ["127.0.0.1", "localhost"]):
+        for hosts in (["127.0.0.1", "localhost", "127.0.0.1"], ["127.0.0.1", "localhost"]):
+            before = loop.time()
             streams += [await t.session.open_tcp(host, echo.port) for host in hosts]
-            assert len(targets._open) == len(streams)
-            await until(lambda: targets._ageing is None)
+            (await t.session.open_tcp("127.0.0.1", echo.port)).close()
+            opened = len(streams)
+            await until(lambda opened=opened: len(targets._open) == opened)
+            young = list(targets._young)
+            assert {sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for sock in young} == {0}
+            assert before < targets._ageing.when() <= loop.time() + OLD
+            targets._ageing.cancel()
+            targets._keep_alive()
+            assert targets._ageing is None
             for sock in targets._open:
                 assert_options(sock)
+        targets._keep_alive()  # nobody has come of age
         for stream in streams:
             stream.close()
 
 
-async def test_no_connection_is_kept_alive_before_it_has_lasted(certs):
+async def test_those_that_come_of_age_together_take_turns(certs):
     async with target() as echo, tunnel(certs) as t:
-        targets, now = t.worker._targets, asyncio.get_running_loop().time()
+        targets = t.worker._targets
         async with await t.session.open_tcp("127.0.0.1", echo.port):
-            (sock,) = targets._open
-            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
-            assert now < targets._ageing.when() <= asyncio.get_running_loop().time() + OLD
+            (last,) = targets._young
+            with contextlib.ExitStack() as stack:
+                others = [stack.enter_context(socket.socket()) for _ in range(KEPT_ALIVE_A_TURN)]
+                targets._young = {**dict.fromkeys(others), last: None}
+                targets._ageing.cancel()
+                targets._keep_alive()
+                for sock in others:
+                    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert last.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
+                await until(lambda: not targets._young)
+                assert_options(last)
         await until(lambda: at_rest(t))
-        targets._keep_alive()
-        assert targets._ageing is None
+
+
+async def test_nothing_is_left_of_those_that_were_to_be_kept_alive(certs):
+    async with target() as echo, tunnel(certs) as t:
+        targets = t.worker._targets
+        async with await t.session.open_tcp("127.0.0.1", echo.port):
+            ageing = targets._ageing
+        await until(lambda: at_rest(t))
+        assert not targets._young
+    assert ageing.cancelled()
+    assert targets._ageing is None
 
 
 async def test_clients_have_the_options_of_their_listener(certs):

@@ -98,7 +98,7 @@ async def test_what_targets_answer(certs, monkeypatch):
             raise OSError(24, "Too many open files")
 
         with monkeypatch.context() as patch, pytest.raises(kk.LimitError):
-            patch.setattr("konnektor.connecting.socket.socket", no_socket)
+            patch.setattr("konnektor.connecting.socket.SocketType", no_socket)
             await t.session.open_tcp("127.0.0.1", 1)
 
 
@@ -561,9 +561,14 @@ async def test_no_stream_is_called_cut_off_that_ended_within_the_grace(certs, lo
 async def test_drain_waits_for_a_slow_target(certs, monkeypatch):
     """The stream is over, and so is the session, but its last bytes have not left this process."""
     size = 32 * 1024  # as much as may be sent before the target takes any
-    monkeypatch.setattr(
-        "konnektor.connecting.set_options", lambda s: s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    )
+    begin_dial = konnektor.targets.begin_dial
+
+    def dial(address):
+        sock, connected = begin_dial(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock, connected
+
+    monkeypatch.setattr("konnektor.targets.begin_dial", dial)
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -573,6 +578,9 @@ async def test_drain_waits_for_a_slow_target(certs, monkeypatch):
             slow, _ = await loop.sock_accept(listener)
             with slow:
                 await stream.send(bytes(size))
+                (goal,) = t.worker._targets._open.values()
+                transport = goal.stream.sink.transport
+                await until(transport.get_write_buffer_size)
                 await stream.aclose()
                 draining = asyncio.create_task(t.worker.drain(30))
                 await t.session.wait_closed()

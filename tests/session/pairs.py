@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import struct
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def descriptors():
 
 
 def assert_options(sock):
-    """What every TCP socket of an endpoint has: no delay for small writes, and a dead peer noticed after a minute."""
+    """No delay for small writes, and a dead peer noticed after a minute."""
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -72,6 +73,11 @@ def assert_options(sock):
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ):
         assert sock.getsockopt(level, option) == value
+
+
+def segments_sent(sock):
+    """By TCP_INFO (linux/tcp.h)."""
+    return struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 136)[0]
 
 
 def tcp_socketpair():

@@ -22,6 +22,7 @@ import konnektor as kk
 from konnektor import loop_transport
 from konnektor.errors import StreamClosedError
 from konnektor.frames import Data
+from konnektor.inbox import Inbox
 from konnektor.limits import MIB
 from konnektor.mux import PAYLOAD
 from konnektor.socket_transport import SocketTransport
@@ -29,7 +30,7 @@ from konnektor.splice import GATHERED, QUEUE_HIGH, Splice, join, splice
 from konnektor.stream_types import Tcp
 from tests.pair import Pair
 from tests.session.check_stream import exactly, until_end
-from tests.session.pairs import memory_session_pair, memory_stream_pair, tcp_socketpair
+from tests.session.pairs import memory_session_pair, memory_stream_pair, segments_sent, tcp_socketpair
 
 RST = struct.pack("ii", 1, 0)
 
@@ -108,6 +109,46 @@ async def test_large_frames_arrive_whole_and_before_the_end(sockets, size):
         await a.send_eof()
         assert await receiving == body + b"the end"
         assert not ended.is_set()
+
+
+@pytest.mark.parametrize(("size", "early"), [(10, False), (GATHERED, False), (10, True)])
+async def test_the_last_data_and_the_end_are_one_segment(size, early):
+    """Be it small, gathered, or there before the socket; what is not the last leaves at once."""
+    pair = Pair(kk.Limits(initial_window=MIB, initial_streams=8))
+    ours, theirs = pair.open(accept=False)
+    theirs.sink = inbox = Inbox()
+    inbox.mux = theirs
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        outer = socket.create_connection(listener.getsockname())
+        inner, _ = listener.accept()
+    outer.settimeout(10)
+    inner.setblocking(False)
+    last = Data(ours.id, bytes(size), 1)
+    ended = asyncio.Event()
+    with outer:
+        if early:
+            pair.client.inject(last)
+            sent = segments_sent(inner)
+            join(theirs, inner, on_closed=ended.set)
+        else:
+            join(theirs, inner, on_closed=ended.set)
+            sent = segments_sent(inner)
+            pair.client.inject(Data(ours.id, b"not the last"))
+            assert segments_sent(inner) == sent + 1
+            assert outer.recv(99) == b"not the last"
+            # Of what fills half the window the kernel holds nothing back: let it grow.
+            for _ in range(4):
+                pair.client.inject(Data(ours.id, bytes(PAYLOAD)))
+                assert len(outer.recv(PAYLOAD, socket.MSG_WAITALL)) == PAYLOAD
+            sent = segments_sent(inner)
+            pair.client.inject(last)
+        assert segments_sent(inner) == sent + 1
+        received = 0
+        while chunk := outer.recv(65_536):
+            received += len(chunk)
+        assert received == size
+    async with asyncio.timeout(10):
+        await ended.wait()
 
 
 async def test_of_large_frames_only_what_the_socket_does_not_take_waits_for_credit():

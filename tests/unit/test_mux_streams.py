@@ -90,6 +90,8 @@ def test_a_sink_may_derive_from_the_core():
     ours.write(b"data")
     pair.pump()
     assert sink.data == b"data"
+    with pytest.raises(NotImplementedError):
+        DirectSink().data_received(b"")
 
 
 def test_both_sides_open():
