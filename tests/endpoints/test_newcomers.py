@@ -70,6 +70,7 @@ async def test_who_speaks_is_heard(tmp_path):
 
 async def test_the_oldest_silent_one_makes_room(monkeypatch, caplog):
     monkeypatch.setattr("konnektor.newcomers.PLACES", 3)
+    monkeypatch.setattr("konnektor.newcomers.FIRST_BYTE", 60.0)
     async with listening() as n:
         first = [n.connect() for _ in range(3)]
         await until(lambda: len(n.newcomers) == 3)
@@ -80,22 +81,22 @@ async def test_the_oldest_silent_one_makes_room(monkeypatch, caplog):
         n.connect(b"y")
         await until(lambda: is_dropped(first[1]))
         assert not is_dropped(first[2]) and len(n.newcomers) == 3
-        assert [r.getMessage() for r in caplog.records] == [
+        told = (
             f"3 connections to {n.newcomers.name} have not said what they want: of those that are silent the oldest go"
-        ]  # told once
+        )
+        assert [r.getMessage() for r in caplog.records] == [told]  # once
         for place in n.places:
             place.leave()
-        n.connect()
-        await until(lambda: len(n.newcomers) == 2)
         n.places.clear()
         first[2].send(b"z")
         await until(lambda: n.places)
         n.places[0].leave()
-        n.connect()  # one of three was there: it is better
-        await until(lambda: len(n.newcomers) == 2)
-        for _ in range(2):
+        n.connect()  # the only one there: it is better
+        await until(lambda: len(n.newcomers) == 1)
+        for _ in range(3):
             n.connect()
         await until(lambda: len(caplog.records) == 2)
+        assert [r.getMessage() for r in caplog.records] == [told, told]
 
 
 async def test_one_that_has_spoken_and_was_not_heard_yet_is_not_dropped(monkeypatch):
