@@ -219,7 +219,7 @@ class SocketTransport(Watcher):
                 count = sock.recv_into(room)
             else:
                 size = self.read_size
-                # As ``recv`` and ``send`` without flags, whose arguments Python takes twice as long to take apart.
+                # As ``recv``, and ``os.write`` below as ``send``: of those CPython takes longer to take the arguments apart.
                 data = os.read(self._fd, size)
                 count = len(data)
         except (BlockingIOError, InterruptedError):

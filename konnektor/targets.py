@@ -90,7 +90,7 @@ class Targets:
         self._open: dict[socket.SocketType, _Target] = {}
         self._relays: dict[socket.SocketType, UdpRelay] = {}
         self._young: dict[socket.SocketType, None] = {}
-        """Of those the ones that are not kept alive yet, the oldest first."""
+        """Of the open ones those that are not kept alive yet, the oldest first."""
         self._ageing: asyncio.TimerHandle | None = None
         self._leaving = False
         self._changes = Changes()
