@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 __all__ = [
+    "PATIENCE",
     "cpu_seconds",
     "executable",
     "free_port",

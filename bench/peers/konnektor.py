@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Peer, with_cipher
+from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, NotStarted, Peer, with_cipher
+from bench.processes import PATIENCE
 from konnektor import pki
 
 __all__ = ["Konnektor", "of_tree"]
@@ -39,24 +40,26 @@ class Konnektor(Peer):
             *base, "control-plane", "--listen", f"127.0.0.1:{self.tunnel}", "--ca", str(files.ca),
             "--cert", str(files.server), "--key", str(files.server_key), *forwards, *self.flags(CONTROL_PLANE),
         ]  # fmt: skip
-        found = re.match(rb"ready tunnel=(\S+)", self._first_line(CONTROL_PLANE, serve))
-        assert found is not None, f"the control plane did not start: see {self.directory}"
+        ready = re.match(r"ready tunnel=(\S+)", self._ready_line(CONTROL_PLANE, serve))
+        assert ready is not None
         work = [
-            *base, "worker", "--connect", self.path_to(found[1].decode()), "--ca", str(files.ca),
+            *base, "worker", "--connect", self.path_to(ready[1]), "--ca", str(files.ca),
             "--cert", str(files.client), "--key", str(files.client_key),
             *(f"--allow=127.0.0.1:{port}" for port in self.targets.values()), *self.flags(WORKER),
         ]  # fmt: skip
-        line = self._first_line(WORKER, work)
-        assert line.startswith(b"ready"), f"the worker did not start: see {self.directory}"
+        self._ready_line(WORKER, work)
 
     def flags(self, side: str) -> list[str]:
         """More of them, for either side's command."""
         return ["--max-streams", str(self.streams + 100)] if self.streams > 1000 else []
 
-    def _first_line(self, side: str, command: list[str]) -> bytes:
+    def _ready_line(self, side: str, command: list[str]) -> str:
         process = self.run(side, *command, stdout=subprocess.PIPE, env=with_cipher(self.env))
         assert process.stdout is not None
-        return process.stdout.readline()
+        line = process.stdout.readline().decode()
+        if not line.startswith("ready"):
+            raise NotStarted(f"the {side} did not start, status {process.wait(PATIENCE)}")
+        return line
 
     def dial_many(self, count: int) -> subprocess.Popen[bytes]:
         folder = self.certificates().ca.parent

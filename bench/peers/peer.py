@@ -24,6 +24,7 @@ __all__ = [
     "WORKER",
     "Certificates",
     "Link",
+    "NotStarted",
     "Peer",
     "Unusable",
     "said",
@@ -46,6 +47,10 @@ def with_cipher(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 class Unusable(Exception):
     """A peer cannot be measured here; the text says why, and what to do."""
+
+
+class NotStarted(Exception):
+    """A peer does not serve; the text says why, and the last that was said by those of its processes that are over."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Peer(ABC):
         both_ways: goes on when it is full in both directions at once.
 
     Raises:
-        Exception: it could not be started; whatever was is stopped.
+        NotStarted: whatever was started is stopped.
     """
 
     name: ClassVar[str]
@@ -120,6 +125,11 @@ class Peer(ABC):
         try:
             self.start()
             self.wait_until_ready()
+        except Exception as error:
+            # Here, since the logs are in a directory that does not outlive the run.
+            words = self._last_words()
+            self.stop()
+            raise NotStarted("; ".join([f"{error}", *words])) from error
         except BaseException:
             self.stop()
             raise
@@ -191,6 +201,12 @@ class Peer(ABC):
     def log(self, number: int) -> Path:
         """What a process says on standard error, and on standard output if nobody reads that."""
         return self.directory / f"{self.name}-{number}.log"
+
+    def _last_words(self) -> list[str]:
+        """The last line of every process that is over and said something."""
+        logs = [self.log(number) for number, process in enumerate(self.processes) if process.poll() is not None]
+        texts = [log.read_text(errors="replace").strip() for log in logs]
+        return [text.splitlines()[-1] for text in texts if text]
 
     def path_to(self, address: str) -> str:
         """What is dialed to reach the other end: its address, or that of the link before it."""

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from bench.__main__ import chosen_peers, parser
 from bench.peers import PEERS, Konnektor, asyncssh, bare, chisel, go, haproxy, openssh, peer, sketch
 from bench.peers.go import GoPeer
 from bench.peers.konnektor import of_tree
-from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Link, Unusable
-from bench.processes import executable
+from bench.peers.peer import CONTROL_PLANE, ROOT, WORKER, Link, NotStarted, Unusable
+from bench.processes import executable, free_port
 
 TARGETS = {"iperf": 10501, "http": 10502}
 
@@ -38,7 +39,7 @@ def started(tmp_path, monkeypatch):
         sys.modules["bench.peers.frp"],
     ):
         monkeypatch.setattr(module, "wait_for_port", lambda _: None)
-    monkeypatch.setattr(Konnektor, "_first_line", _ready)
+    monkeypatch.setattr(Konnektor, "_ready_line", _ready)
     monkeypatch.setattr(
         peer.Peer, "run", lambda self, side, *args, **_: self.commands.append((side, [str(a) for a in args]))
     )
@@ -55,7 +56,7 @@ def started(tmp_path, monkeypatch):
 
 def _ready(self, side, command):
     self.run(side, *command)
-    return f"ready tunnel=127.0.0.1:{self.tunnel}\n".encode()
+    return f"ready tunnel=127.0.0.1:{self.tunnel}\n"
 
 
 def _make_keys(command, **_):
@@ -238,9 +239,18 @@ def test_a_peer_that_does_not_start_leaves_nothing_running(tmp_path):
             raise RuntimeError("no")
 
     started = []
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotStarted, match="no"):
         Broken(TARGETS, tmp_path)
     assert started[0].processes[0].returncode is not None
+
+
+def test_a_peer_whose_port_is_taken_says_so_in_its_own_words(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        free = iter([free_port(), free_port(), port])
+        monkeypatch.setattr(peer, "free_port", lambda: next(free))
+        with pytest.raises(NotStarted, match=rf"the control plane did not start, status 4; .*127\.0\.0\.1:{port}"):
+            Konnektor(TARGETS, tmp_path)
 
 
 def test_a_killed_process_comes_back_on_its_side(tmp_path):
