@@ -33,6 +33,9 @@ PROC = Path("/proc")
 PATIENCE = 20.0
 """Seconds that a process may take to serve."""
 
+_given: set[int] = set()
+"""Ports that were handed out: nobody listens on them at once, so that one might be found free twice."""
+
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
@@ -58,12 +61,14 @@ def executable(name: str) -> str | None:
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the kernel gives to outgoing connections."""
+    """One that nobody listens on, below those that the kernel gives to outgoing connections; never the same again."""
     while True:
         port = random.randrange(10_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as sock:
             sock.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def wait_for_port(port: int, seconds: float = PATIENCE) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import re
 import shutil
 import socket
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bench import processes
 from bench.__main__ import chosen_peers, parser
 from bench.peers import PEERS, Konnektor, asyncssh, bare, chisel, go, haproxy, openssh, peer, sketch
 from bench.peers.go import GoPeer
@@ -242,6 +244,13 @@ def test_a_peer_that_does_not_start_leaves_nothing_running(tmp_path):
     with pytest.raises(NotStarted, match="no"):
         Broken(TARGETS, tmp_path)
     assert started[0].processes[0].returncode is not None
+
+
+def test_a_free_port_is_not_given_twice_before_anybody_listens(monkeypatch):
+    given = {free_port(), free_port()}
+    draw, again = random.randrange, [*given]
+    monkeypatch.setattr(processes.random, "randrange", lambda *span: again.pop() if again else draw(*span))
+    assert free_port() not in given and not again
 
 
 def test_a_peer_whose_port_is_taken_says_so_in_its_own_words(tmp_path, monkeypatch):
