@@ -1,4 +1,4 @@
-# Each target sets up .venv/ by itself. Needed beforehand: make, curl, and Python 3.11+ with venv (PYTHON names another).
+# Each target that needs .venv/ sets it up by itself. Needed beforehand: make, curl, and Python 3.11+ with venv (PYTHON names another).
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -34,6 +34,8 @@ PATIENCE = 60
 """Seconds after which a run has failed."""
 SETTLE = 20
 """Seconds that endpoints may take to close what the tools have left."""
+GROWTH = 8.0
+"""MB by which an endpoint may grow in the second half: pools and buffers have their size by then, in bursts a few MB more or less."""
 PAUSE = 0.1
 """Seconds between two runs of a tool."""
 REPORT_EVERY = 15
@@ -316,6 +318,8 @@ async def soak(tunnel: Tunnel, proxy: FaultProxy | None, rows: list[Row], second
     """What was wrong, in sentences."""
     idle = tunnel.descriptors()
     start = time.monotonic()
+    halfway: list[float] = []
+    asyncio.get_running_loop().call_later(seconds / 2, lambda: tunnel.ended() or halfway.extend(tunnel.megabytes()))
     for row in rows:  # what is opened once and kept, such as a pool's first thread, is no leak
         await row.once()
     before = await settled(tunnel, idle)
@@ -342,6 +346,12 @@ async def soak(tunnel: Tunnel, proxy: FaultProxy | None, rows: list[Row], second
         return [*wrong, "an endpoint ended by itself"]
     if proxy is not None:
         wrong += await recovered(rows)
+    elif halfway:  # what is kept for a resume comes and goes with faults; bench.faults bounds it
+        wrong += [
+            f"the {name} grew from {one:.1f} to {two:.1f} MB in the second half"
+            for name, one, two in zip(("control plane", "worker"), halfway, tunnel.megabytes(), strict=True)
+            if two > one + GROWTH
+        ]
     after = await settled(tunnel, before)
     for name, one, two in zip(("control plane", "worker"), before, after, strict=True):
         print(f"descriptors of the {name}: {one} before, {two} after")

@@ -48,5 +48,5 @@ if __name__ == "__main__":
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(main(arguments.pki, arguments.listen, arguments.target))
-    except kk.ListenError as error:
-        parser.exit(4, f"{parser.prog}: {error}\n")
+    except kk.KonnektorError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")

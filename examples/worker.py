@@ -38,5 +38,8 @@ if __name__ == "__main__":
     parser.add_argument("--allow", action="append", default=[], metavar="HOST-OR-CIDR:PORTS")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main(arguments.pki, arguments.name, arguments.connect, arguments.allow))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(main(arguments.pki, arguments.name, arguments.connect, arguments.allow))
+    except kk.KonnektorError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")

@@ -47,8 +47,6 @@ __all__ = ["ControlPlane", "WorkerConnected", "WorkerDisconnected", "WorkerEvent
 
 REPLACED_GRACE: Final = 25.0
 """Seconds that the streams of a replaced session have to end."""
-DEAD_AFTER: Final = 25.0
-"""Silence after which another process may take a worker's name: the liveness deadline of a session."""
 EVENTS: Final = 1024
 SESSIONS: Final = 8
 """Of one worker at a time, draining and suspended ones included: against one that connects without end."""
@@ -462,7 +460,7 @@ class ControlPlane(Endpoint):
         old = self._workers.get(name)
         if old is not None:
             same_process = _same_process(old, session)
-            if not same_process and not old.suspended and old.silent_for < DEAD_AFTER:
+            if not same_process and not old.suspended and not old.overdue:
                 session.close(Code.IDENTITY, f"another process is connected as {name}")
                 return f"worker {name} at {here}: another process of that name is connected from {_where(old)}"
             if old.suspended:

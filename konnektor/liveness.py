@@ -206,13 +206,19 @@ class Liveness:
         """Whether the peer lives, and it is not the connection that keeps it from doing what it should."""
         return now < self.heard_at + self._silence
 
+    def overdue(self, now: float, rtt: float) -> bool:
+        """Whether the peer has been silent past its deadline: ``check`` gives it up, as soon as it has looked once more.
+
+        Not if nobody has checked for so long that it was this process that was away.
+        """
+        return now < self.due + LATE_TIMER and now >= self.heard_at + self._silence + _patience(rtt)
+
     def check(self, now: float, rtt: float) -> str | None:
         """Judges at ``now``: why the peer is given up, or None. May ask for a PING, and moves ``due``."""
         if not self._established:
             # No excuse here: only HELLO itself helps, however many bytes of something else came.
             return f"no HELLO within {self._silence:g} s"
         silence = self._silence
-        patience = max(DEAD_AFTER, 4 * rtt)
         if now - self.due > LATE_TIMER:
             self.heard_at = now - silence
             self._judging = False
@@ -227,7 +233,7 @@ class Liveness:
         if now >= self._blocked_at + self.stuck:
             return f"the peer has taken nothing for {now - self._blocked_at:.0f} s"
         ping_at = self.heard_at + silence
-        dead_at = ping_at + patience
+        dead_at = ping_at + _patience(rtt)
         if now < ping_at:
             self.due = ping_at
         elif now < dead_at:
@@ -243,3 +249,8 @@ class Liveness:
             self.due = min(self.due, self._progress_at + self.stuck)
         self.due = min(self.due, self._blocked_at + self.stuck)
         return None
+
+
+def _patience(rtt: float) -> float:
+    """Seconds that the answer to a PING may take."""
+    return max(DEAD_AFTER, 4 * rtt)

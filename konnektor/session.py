@@ -449,6 +449,11 @@ class Session:
         """Seconds since the peer was last heard."""
         return clock() - self._mux.received_at
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the peer has been silent past the liveness deadline; the session is given up in a moment, if it stays so."""
+        return self._mux.liveness.overdue(clock(), self._mux.flight.rtt)
+
     def stats(self) -> SessionStats:
         """Counters as they are now."""
         mux = self._mux

@@ -219,7 +219,7 @@ class TLSFiles:
         if identity.role is not role:
             raise CertificateError(
                 f"certificate file {_name(self.cert)} is for a {identity.role} ({identity.name}), not for a {role}; "
-                f"issue one with konnektor pki issue --role {role} --name {identity.name}"
+                f"give the one of a {role}, or issue it with konnektor pki issue --dir DIR --role {role} --name NAME"
             )
         try:
             _check_usage(leaf, role)
@@ -513,7 +513,7 @@ def peer_identity(ssl_object: ssl.SSLObject, expected: Role, *, trust_domain: st
         peer: what to call it in an error, such as ``the worker at 192.0.2.1:50000``.
 
     Raises:
-        CertificateError: any of this fails; nothing may be sent to such a peer.
+        CertificateError: any of this fails; such a peer may be told, and is sent nothing else.
     """
     if ssl_object.version() != "TLSv1.3":
         raise CertificateError(f"{peer} agreed on {ssl_object.version()}, not on TLSv1.3")

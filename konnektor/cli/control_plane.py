@@ -13,7 +13,7 @@ from konnektor.cli.options import Common, Parsed, endpoint_options, say_ready
 from konnektor.cli.places import check_places, forward_flag
 from konnektor.control_plane import ControlPlane
 from konnektor.errors import ConfigurationError
-from konnektor.frontends.urls import Frontend, is_loopback, parse_frontend
+from konnektor.frontends.urls import Frontend, UnixFrontend, is_loopback, parse_frontend
 from konnektor.limits import format_size, parse_size
 from konnektor.policy import AllowRule, parse_grant_from
 from konnektor.router import Route, parse_grant_route
@@ -116,6 +116,8 @@ def control_plane(
             ready = [f"tunnel={endpoint.address}"]
             for frontend in frontends:
                 bound = await endpoint.add_frontend(frontend)
+                if isinstance(frontend, UnixFrontend):  # the line is split at its spaces
+                    bound = bound.replace("%", "%25").replace(" ", "%20")
                 ready.append(f"{frontend.kind}={bound}")
             for forward in forwards:
                 bound = await endpoint.add_forward(forward)

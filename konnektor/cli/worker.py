@@ -57,7 +57,12 @@ def _route(text: str) -> str:
     metavar="NAME",
     help="Name to demand of the control plane's certificate, if not the host. Example: --server-name cp",
 )
-@click.option("--once", is_flag=True, help="Connect once and never again; fail with status 5. Example: --once")
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Connect once and never again; fail with status 5. A connection that breaks is resumed all the same, within "
+    "--resume-grace. Example: --once",
+)
 @endpoint_options()
 def worker(
     common: Common,

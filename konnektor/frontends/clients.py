@@ -13,11 +13,11 @@ from konnektor.acceptor import Acceptor
 from konnektor.addresses import Forward, format_hostport
 from konnektor.changes import Changes
 from konnektor.connecting import reset_on_close, set_options
-from konnektor.errors import KonnektorError, SessionClosedError, StreamError
+from konnektor.errors import ConfigurationError, KonnektorError, SessionClosedError, StreamError
 from konnektor.frontends.forward import ForwardSplice
 from konnektor.frontends.http_server import HttpConnect, Opener
 from konnektor.frontends.udp_forward import UdpForward
-from konnektor.frontends.urls import Frontend, HttpsFrontend, UnixFrontend
+from konnektor.frontends.urls import Frontend, HttpFrontend, HttpsFrontend, UnixFrontend, is_loopback
 from konnektor.handshake import explain, left_silently, with_alerts
 from konnektor.listening import bind_tcp, bind_udp, bind_unix, bound_name
 from konnektor.newcomers import Newcomers, Place
@@ -91,7 +91,10 @@ class Clients:
         if isinstance(frontend, HttpsFrontend):
             files = frontend.cert, frontend.key, frontend.client_ca
             context = ReloadingContext(partial(frontend_context, *files), *files, owner=str(frontend))
-        name = self._listen(await bind_tcp(frontend.host, frontend.port), context)
+        sockets = await bind_tcp(frontend.host, frontend.port)
+        if isinstance(frontend, HttpFrontend):
+            _check_loopback(frontend, sockets)
+        name = self._listen(sockets, context)
         if context is not None:
             self._contexts.append(context)
             context.watch()
@@ -254,3 +257,20 @@ class Clients:
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._changes.wait_for(lambda: not self._here and not self._udp)
+
+
+def _check_loopback(frontend: HttpFrontend, sockets: list[socket.socket]) -> None:
+    """``localhost`` is what /etc/hosts makes of it.
+
+    Raises:
+        ConfigurationError: an address can be reached from elsewhere; the sockets are closed.
+    """
+    for sock in sockets:
+        host = sock.getsockname()[0]
+        if not is_loopback(host):
+            for each in sockets:
+                each.close()
+            raise ConfigurationError(
+                f"frontend {frontend} would serve anyone in plaintext, because {frontend.host} is {host} here: write "
+                "127.0.0.1 or [::1]"
+            )

@@ -69,10 +69,11 @@ def parse_frontend(url: str) -> Frontend:
         parts = urlsplit("")
     if parts.scheme == "http+unix":
         path = unquote(parts.path, errors="surrogateescape")
-        if parts.netloc or not path.startswith("/") or parts.query or "\0" in path or not _fits(path):
+        # Printable: the ready line and the log are lines.
+        if parts.netloc or not path.startswith("/") or parts.query or not path.isprintable() or not _fits(path):
             raise ConfigurationError(
                 f"frontend {quote(url)} has no usable path: write http+unix:///run/konnektor/connect.sock, "
-                f"at most {MAX_PATH} bytes of UTF-8"
+                f"at most {MAX_PATH} bytes of UTF-8, without control characters"
             )
         return UnixFrontend(path)
     if parts.scheme not in ("http", "https") or parts.path not in ("", "/") or parts.fragment:

@@ -4,14 +4,13 @@ import importlib.util
 import subprocess
 import sys
 
-import pytest
-
 from bench.peers.peer import ROOT
+from tests.tools import lacking
 
 
 def test_micro_benchmarks_run():
     if importlib.util.find_spec("pytest_benchmark") is None:
-        pytest.skip("pytest-benchmark is not installed: the extra `bench` has it")
+        lacking("pytest-benchmark is not installed: the extra `bench` has it")
     command = [sys.executable, "-m", "pytest", "bench/micro", "-q", "--benchmark-disable"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stdout[-2000:]

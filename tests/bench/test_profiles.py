@@ -18,7 +18,7 @@ from bench.report.flames import COLOURS, draw
 from bench.stacks import Frame, Group, grouped, lineage, parse, tidy, weighed
 from bench.targets import targets
 from konnektor import mux
-from tests.tools import needs
+from tests.tools import lacking, needs
 
 LOOP = "<module> (konnektor/__main__.py);Runner.run (asyncio/runners.py);uv_run (core.c);"
 FLUSH = LOOP + "Handle__run (loop.c);Driver._flush (konnektor/driver.py);"
@@ -173,7 +173,7 @@ def spy():
     try:
         return py_spy()
     except Wrong as reason:
-        pytest.skip(str(reason))
+        lacking(str(reason))
 
 
 def test_a_process_that_cannot_be_looked_at_is_told(spy, tmp_path):

@@ -13,6 +13,7 @@ from bench.goals import GOALS, best, verdict
 from bench.report.markdown import lines
 from bench.report.tables import goals, show, tables
 from bench.results import Entrant, Machine, Results
+from tests.tools import lacking
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_three_figures(value, text):
 
 def test_the_terminal_shows_it_in_red(results, monkeypatch):
     if importlib.util.find_spec("rich") is None:
-        pytest.skip("rich is not installed")
+        lacking("rich is not installed: the extra `bench` has it")
     from rich.console import Console
 
     from bench.report import terminal
@@ -137,7 +138,7 @@ def test_the_terminal_shows_it_in_red(results, monkeypatch):
 
 def test_plots_are_the_same_each_time(results, tmp_path):
     if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is not installed: the extra `bench` has it")
+        lacking("matplotlib is not installed: the extra `bench` has it")
     written = []
     for directory in (tmp_path / "a", tmp_path / "b"):
         results.save(tmp_path / "r.json")

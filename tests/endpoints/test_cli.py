@@ -62,7 +62,7 @@ def test_control_plane(run, certs, tmp_path):
     files = certs.plane
     code, out, err = run(
         "control-plane", "--listen", "127.0.0.1:0", *flags(files),
-        "--frontend", "http://127.0.0.1:0", "--frontend", f"http+unix://{tmp_path}/c.sock",
+        "--frontend", "http://127.0.0.1:0", "--frontend", f"http+unix://{tmp_path}/a%20%25.sock",
         "--frontend", f"https://127.0.0.1:0?cert={files.cert}&key={files.key}&client-ca={files.ca}",
         "--forward", "127.0.0.1:0=node-1/10.0.0.7:80", "--forward", "127.0.0.1:0=node-1/[::1]:80",
         "--forward", "udp:127.0.0.1:0=node-1/10.0.0.53:53", "--allow-from", "node-1=udp:10.0.0.1:53",
@@ -73,7 +73,7 @@ def test_control_plane(run, certs, tmp_path):
     word, *pairs = out.split()
     assert word == "ready"
     assert [pair.partition("=")[0] for pair in pairs] == ["tunnel", "http", "unix", "https"] + ["forward"] * 3
-    assert pairs[2] == f"unix={tmp_path}/c.sock"
+    assert pairs[2] == f"unix={tmp_path}/a%20%25.sock"
     assert pairs[4].endswith("->node-1/10.0.0.7:80") and pairs[5].endswith("->node-1/[::1]:80")
     assert re.fullmatch(r"forward=udp:127\.0\.0\.1:[1-9]\d*->node-1/10\.0\.0\.53:53", pairs[6])
     assert not any(pair.endswith(":0") for pair in pairs[:4])

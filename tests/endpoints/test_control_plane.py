@@ -333,7 +333,7 @@ async def test_another_process_under_a_live_name_is_refused(certs, monkeypatch, 
 
 async def test_another_process_takes_over_after_silence(certs, monkeypatch, log):
     async with tunnel(certs) as t:
-        monkeypatch.setattr("konnektor.control_plane.DEAD_AFTER", 0)
+        t.session._mux.liveness.heard_at -= 15 + 10  # seconds: silence until a PING is due, and for its answer
         async with another_process(t.plane, certs.worker(), monkeypatch, once=True) as second:
             await second.wait_connected()
             await until(lambda: t.session.closed)

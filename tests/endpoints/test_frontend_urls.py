@@ -43,6 +43,7 @@ def test_good(url, expected):
         ("http+unix:///x?mode=1", "has no usable path"),
         ("http+unix:///" + "x" * 107, "has no usable path"),
         ("http+unix:///x%00", "has no usable path"),
+        ("http+unix:///a%0Ab", "without control characters"),
         ("http+unix:///" + "\N{SNOWMAN}" * 40, "at most 107 bytes of UTF-8"),
         ("http+unix:///\udcff", "has no usable path"),  # what Python makes of an argument that is not UTF-8
         ("http+unix:///%ff", "has no usable path"),
