@@ -125,6 +125,10 @@ class Tour:
                     for endpoint in self._endpoints:
                         print(endpoint.tail(), flush=True)
                     return 1
+                except Exception:  # a defect: whoever catches it says what, and here is where
+                    report.failed(what)
+                    report.table()
+                    raise
                 report.passed(what, result)
         finally:
             await self._stop()

@@ -243,6 +243,37 @@ def test_addresses_that_do_not_meet(run):
         sentence(run(*plane, "--forward", f"{where}=a/x:1"), 3)  # the next thing that is wrong: the files
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ("init --dir NEW --trust-domain Bad!", 2, "'Bad!' cannot be a trust domain; use a lower-case domain name"),
+        ("init --dir NEW --days 0", 2, "0 days cannot be a lifetime; use 1 to 36500"),
+        ("init --dir CA", 2, "CA/ca.key exists already, and is never overwritten"),
+        ("issue --dir NEW --role worker --name w", 3, "NEW holds no CA; make one with: konnektor pki init --dir NEW"),
+        ("issue --dir CA --role worker --name Bad", 2, "'Bad' cannot be a name; use up to 63 of a-z, 0-9, '-' and '.'"),
+        ("issue --dir CA --role worker --name w --days -1", 2, "-1 days cannot be a lifetime; use 1 to 36500"),
+        (
+            "issue --dir CA --role control-plane --name c --san a_b!",
+            2,
+            "'a_b!' is neither a host name nor an IP address",
+        ),
+        ("issue --dir CA --role worker --name w --out CA/ca.pem", 2, "directory CA/ca.pem cannot be made: File exists"),
+        ("issue --dir CA --role worker --name taken", 2, "CA/taken.key exists already, and is never overwritten"),
+    ],
+)
+def test_pki(run, tmp_path, arguments, status, text):
+    ca = Certificates(tmp_path)
+    ca.worker("taken")
+    before = {path: path.read_bytes() for path in ca.folder.iterdir()}
+
+    def named(text):
+        return text.replace("CA/", f"{ca.folder}/").replace("CA ", f"{ca.folder} ").replace("NEW", f"{tmp_path}/new")
+
+    line = sentence(run("pki", *named(f"{arguments} ").split()), status)
+    assert line.startswith("konnektor: " + named(text))
+    assert {path: path.read_bytes() for path in ca.folder.iterdir()} == before
+
+
 # Certificates and keys, status 3
 
 
@@ -382,6 +413,61 @@ def test_a_peer_that_speaks_something_else(run, certs, answer, text):
     with server(answer) as where:
         line = sentence(run(*once(where, certs.worker())), 5)
     assert line.startswith(f"konnektor: the control plane at {where} ") and text in line
+
+
+@pytest.fixture(scope="module")
+def plane(certs, tmp_path_factory):
+    """Where a control plane listens."""
+    log = tmp_path_factory.mktemp("plane") / "log"
+    with Process(log, "control-plane", "--listen", "127.0.0.1:0", *flags(certs.plane)) as process:
+        yield process.ready()["tunnel"][0]
+
+
+def test_a_control_plane_of_a_foreign_ca(run, plane, foreign):
+    assert sentence(run(*once(plane, foreign.worker())), 5).startswith(
+        f"konnektor: the certificate of the control plane at {plane} was not issued by a CA that we trust"
+    )
+
+
+def test_a_server_name_that_the_certificate_is_not_for(run, certs, plane):
+    line = sentence(run(*once(plane, certs.worker()), "--server-name", "elsewhere.example"), 5)
+    assert line == (
+        f"konnektor: the certificate of the control plane at {plane} is not for the name elsewhere.example; "
+        "use --server-name with one of its names: cp, localhost, 127.0.0.1, ::1"
+    )
+
+
+@pytest.mark.needs_tool("openssl")
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda own: own.worker("cp2"), "is for another role than it has here; issue one with the right --role"),
+        (lambda own: own.expired("control-plane", "late"), "expired on "),
+    ],
+)
+def test_a_peer_with_a_certificate_that_is_not_to_be_trusted(run, own, make, text):
+    files = make(own)
+    command = [
+        "openssl",
+        "s_server",
+        "-accept",
+        "127.0.0.1:0",
+        "-naccept",
+        "1",
+        "-tls1_3",
+        "-alpn",
+        "konnektor/1",
+    ]
+    command += ["-cert", files.cert, "-key", files.key, "-CAfile", files.ca, "-Verify", "1"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as peer:
+        try:
+            where = next(line.split()[1] for line in peer.stdout if line.startswith("ACCEPT "))
+            line = sentence(run(*once(where, own.worker()), "--server-name", files.cert.stem), 5)
+        finally:
+            peer.terminate()
+    assert line.startswith(f"konnektor: the certificate of the control plane at {where} ") and text in line
 
 
 # Other ends

@@ -360,6 +360,18 @@ def test_once(plane, worker):
     assert re.fullmatch(r"konnektor: the session with 127\.0\.0\.1:\d+ broke: connection .*", last)
 
 
+def test_a_worker_is_killed_before_it_has_dialed(plane, worker, web):
+    """Its session could be resumed, so its clients wait 2 s for that."""
+    control_plane = plane("--frontend", "http://127.0.0.1:0")
+    node = worker(control_plane)
+    node.signal(signal.SIGSTOP)
+    with socket.create_connection(address(control_plane.where["http"][0])) as client:
+        client.sendall(connect_head(f"127.0.0.1.node-1.konnektor.internal:{web}"))
+        node.signal(signal.SIGKILL)
+        client.settimeout(30)
+        assert client.recv(100).startswith(b"HTTP/1.1 502 Target Unreachable\r\n")
+
+
 def test_a_second_worker_of_the_same_name(plane, worker):
     control_plane = plane()
     worker(control_plane)

@@ -65,6 +65,16 @@ def test_a_failing_step_is_named(temporary, tmp_path):
     assert list(temporary.iterdir()) == [] and processes_of(temporary) == []
 
 
+def test_a_defect_is_where_its_step_is(temporary):
+    script = "from konnektor.demo import tour; tour.Tour._curl_tcp = lambda self: 1 / 0; tour.run_demo(1)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment(temporary), capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    (row,) = [line for line in done.stdout.partition("how much")[2].splitlines() if "curl, CONNECT on TCP" in line]
+    assert row.endswith(" FAILED")
+    assert list(temporary.iterdir()) == [] and processes_of(temporary) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing_behind(temporary, number):
     command = [*DEMO, "--size", "64GiB"]

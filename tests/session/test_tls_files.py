@@ -155,8 +155,16 @@ def test_own_identity_without_any_alternative_name(ca):
 
 
 def test_own_role_and_usage(ca, plane, worker):
-    refused(worker, r"is for a worker \(node-1\), not for a control-plane; give the one of a control-plane, or issue it", TLSFiles.server_context)
-    refused(plane, r"is for a control-plane \(cp\), not for a worker; issue one", TLSFiles.client_context)
+    refused(
+        worker,
+        r"is for a worker \(node-1\), not for a control-plane; give the one of a control-plane, or issue it",
+        TLSFiles.server_context,
+    )
+    refused(
+        plane,
+        r"is for a control-plane \(cp\), not for a worker; give the one of a worker, or issue it",
+        TLSFiles.client_context,
+    )
     refused(ca.issue("client", "api"), r"is for a client \(api\), not for a worker", TLSFiles.client_context)
     refused(ca.forge("w", [WORKER_URI], [SERVER_AUTH]), "its extended key usage lacks clientAuth, which a worker needs")
     refused(ca.forge("cp2", [PLANE_URI], [CLIENT_AUTH]), "lacks serverAuth, which a control-plane needs")

@@ -225,6 +225,19 @@ def test_silent_peer_dies_after_a_second_look():
     assert "silent" in str(pair.client.error)
 
 
+def test_overdue_is_who_is_past_the_deadline_unless_it_was_us_who_was_away():
+    pair = Pair()
+    pair.server.blocked = True
+    liveness = pair.client.mux.liveness
+    pair.sleep(24.9)
+    assert not liveness.overdue(pair.now, rtt=0)
+    assert liveness.overdue(pair.now + 0.2, rtt=0)
+    assert not liveness.overdue(pair.now + 0.2, rtt=3)  # whose answer may take 12 s rather than 10
+    assert not liveness.overdue(pair.now + 60, rtt=0)
+    liveness.heard(pair.now)
+    assert not liveness.overdue(pair.now + 0.2, rtt=0)
+
+
 def test_any_byte_is_life():
     pair = Pair()
     pair.server.blocked = True
