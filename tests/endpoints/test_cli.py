@@ -442,7 +442,7 @@ def test_a_server_name_that_the_certificate_is_not_for(run, certs, plane):
     ("make", "text"),
     [
         (lambda own: own.worker("cp2"), "is for another role than it has here; issue one with the right --role"),
-        (lambda own: own.expired("control-plane", "late"), "expired on "),
+        (lambda own: own.expired("control-plane", "late-cp"), "expired on "),
     ],
 )
 def test_a_peer_with_a_certificate_that_is_not_to_be_trusted(run, own, make, text):
