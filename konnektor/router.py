@@ -174,7 +174,8 @@ def granted_routes(
     """What of a worker's claims counts.
 
     Args:
-        name: the name in the worker's certificate. The route ``host=NAME`` is always granted, claimed or not.
+        name: the name in the worker's certificate. The route ``host=NAME`` is always granted, claimed or not,
+            if it is a name for a host.
         claims: the routes that the worker says it serves.
         grants: the operator's grants, for any worker.
 
