@@ -314,6 +314,15 @@ async def recovered(rows: list[Row]) -> list[str]:
 # The whole
 
 
+def grown(halfway: list[float], end: list[float]) -> list[str]:
+    """Who has more memory at the end than half a run explains; MB of the control plane and the worker."""
+    return [
+        f"the {name} grew from {one:.1f} to {two:.1f} MB in the second half"
+        for name, one, two in zip(("control plane", "worker"), halfway, end, strict=True)
+        if two > one + GROWTH
+    ]
+
+
 async def soak(tunnel: Tunnel, proxy: FaultProxy | None, rows: list[Row], seconds: float) -> list[str]:
     """What was wrong, in sentences."""
     idle = tunnel.descriptors()
@@ -347,11 +356,7 @@ async def soak(tunnel: Tunnel, proxy: FaultProxy | None, rows: list[Row], second
     if proxy is not None:
         wrong += await recovered(rows)
     elif halfway:  # what is kept for a resume comes and goes with faults; bench.faults bounds it
-        wrong += [
-            f"the {name} grew from {one:.1f} to {two:.1f} MB in the second half"
-            for name, one, two in zip(("control plane", "worker"), halfway, tunnel.megabytes(), strict=True)
-            if two > one + GROWTH
-        ]
+        wrong += grown(halfway, tunnel.megabytes())
     after = await settled(tunnel, before)
     for name, one, two in zip(("control plane", "worker"), before, after, strict=True):
         print(f"descriptors of the {name}: {one} before, {two} after")

@@ -49,4 +49,4 @@ if __name__ == "__main__":
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(main(arguments.pki, arguments.listen, arguments.target))
     except kk.KonnektorError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+        parser.exit(4 if isinstance(error, kk.ListenError) else 1, f"{parser.prog}: {error}\n")

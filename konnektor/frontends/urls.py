@@ -69,8 +69,14 @@ def parse_frontend(url: str) -> Frontend:
         parts = urlsplit("")
     if parts.scheme == "http+unix":
         path = unquote(parts.path, errors="surrogateescape")
-        # Printable: the ready line and the log are lines.
-        if parts.netloc or not path.startswith("/") or parts.query or not path.isprintable() or not _fits(path):
+        # Printable: the ready line and the log are lines of UTF-8, which has no surrogates.
+        if (
+            parts.netloc
+            or not path.startswith("/")
+            or parts.query
+            or not path.isprintable()
+            or len(path.encode()) > MAX_PATH
+        ):
             raise ConfigurationError(
                 f"frontend {quote(url)} has no usable path: write http+unix:///run/konnektor/connect.sock, "
                 f"at most {MAX_PATH} bytes of UTF-8, without control characters"
@@ -106,14 +112,6 @@ def parse_frontend(url: str) -> Frontend:
         )  # fmt: skip
         raise ConfigurationError(f"frontend {quote(url)} {fault}: write https://HOST:PORT?cert=F&key=F&client-ca=F")
     return HttpsFrontend(host, port, query["cert"], query["key"], query["client-ca"])
-
-
-def _fits(path: str) -> bool:
-    """Whether it can be a socket's path. One that is not UTF-8 could be, but the ready line is."""
-    try:
-        return len(path.encode()) <= MAX_PATH
-    except UnicodeEncodeError:
-        return False
 
 
 def is_loopback(host: str) -> bool:

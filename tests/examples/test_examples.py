@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -169,8 +170,23 @@ def test_an_example_whose_port_is_in_use_says_so(script, arguments, pki):
         where = "127.0.0.1:{1}".format(*taken.getsockname())
         command = [*PYTHON, EXAMPLES / script, pki, *(where if word == "TAKEN" else word for word in arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (4, "", 1), done.stderr
     assert done.stderr.startswith(f"{script}: cannot listen on {where}: ")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("control_plane.py", ["127.0.0.1:0", "127.0.0.1:1"]),
+        ("embed_proxy.py", ["127.0.0.1:0", "127.0.0.1:0", "1"]),
+        ("worker.py", ["node-1", "127.0.0.1:1", "--allow", "127.0.0.1:1"]),
+    ],
+)
+def test_an_example_whose_files_are_missing_says_so(script, arguments, tmp_path):
+    command = [*PYTHON, EXAMPLES / script, tmp_path / "none", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert re.match(rf"{script}: (CA|certificate) file {tmp_path}/none/\S+ does not exist", done.stderr)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
