@@ -18,7 +18,7 @@ from konnektor.driver import Driver
 from konnektor.endpoint import Endpoint
 from konnektor.testing import FaultProxy
 from konnektor.worker import Backoff
-from tests.endpoints.parts import PATIENCE, Target, black_hole, target, tunnel, until, unused_port
+from tests.endpoints.parts import PATIENCE, Resetting, Target, black_hole, target, tunnel, until, unused_port
 
 
 async def test_streams_both_ways_need_permission(certs, log):
@@ -84,6 +84,19 @@ async def test_a_handler_is_looked_at_where_it_is_given(certs):
 
         @worker.handle(Ask)
         def answer(stream, request): ...
+
+
+async def test_a_target_that_resets_in_the_middle(certs):
+    async with (
+        target(Resetting) as server,
+        tunnel(certs) as t,
+        await t.session.open_tcp("127.0.0.1", server.port) as stream,
+    ):
+        await stream.send(b"x")
+        assert await stream.receive() == b"half"
+        with pytest.raises(kk.TargetResetError) as caught:
+            await stream.receive()
+    assert str(caught.value) == "target reset"
 
 
 async def test_what_targets_answer(certs, monkeypatch):
